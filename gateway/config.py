@@ -1,0 +1,214 @@
+"""The one configuration model: `pressgate.yaml` < environment (`PRESSGATE_…`) < flags.
+
+Frozen; every default works on a laptop; an unknown key is an error that names it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from gateway.errors import ConfigError
+from gateway.policy.policy import DEFAULT, Policy
+
+BUILTIN = Path(__file__).parent / "builtin" / "docs-17m"
+DEFAULT_LEVELS = (
+    "fp32",
+    "bf16",
+    "int8",
+    "int4-gptq-g128",
+    "int4-rtn-g64",
+    "depth-75",
+    "lowrank-80",
+    "sparse24-wanda",
+)
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Upstream(_Part):
+    """A level that lives in another OpenAI-compatible server."""
+
+    url: str
+    model: str
+    api_key_env: str | None = None
+    perplexity_ratio: Annotated[float, Field(ge=1.0)] = 1.0
+
+
+class FakeModel(_Part):
+    """A settable stand-in engine (no weights): for tests and for measuring the gateway itself."""
+
+    prefill_tokens_per_s: Annotated[float, Field(gt=0)] = 10_000.0
+    tpot_ms: Annotated[float, Field(ge=0)] = 5.0
+    load_seconds: Annotated[float, Field(ge=0)] = 0.0
+
+
+class Model(_Part):
+    """One served model. `path`: `builtin`, a local folder or a hub id; `fake` for the stand-in."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
+    path: str = "builtin"
+    revision: str | None = None
+    upstream: dict[str, Upstream] = Field(default_factory=dict)
+    fake: FakeModel | None = None
+
+
+class Cache(_Part):
+    dir: Path = Path("~/.cache/pressgate")
+    disk_budget: ByteSize = ByteSize(20 * 2**30)
+    redis_url: SecretStr | None = None
+    redis_budget: ByteSize = ByteSize(2 * 2**30)
+    redis_variant_limit: ByteSize = ByteSize(512 * 2**20)  # larger variants stay on disk only
+    redis_ttl_seconds: Annotated[int, Field(gt=0)] = 7 * 86_400
+    redis_timeout_seconds: Annotated[float, Field(gt=0)] = 2.0
+
+    @property
+    def root(self) -> Path:
+        return self.dir.expanduser()
+
+
+class Engine(_Part):
+    """Limits of the local engine. `kv_fraction` is the KV cache's share of `memory_budget`."""
+
+    max_num_seqs: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_waiting: Annotated[int, Field(ge=1, le=100_000)] = 256
+    prefill_chunk: Annotated[int, Field(ge=16, le=8192)] = 256
+    block_size: Annotated[int, Field(ge=1, le=256)] = 16
+    kv_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    prefix_cache: bool = True
+
+
+class Build(_Part):
+    """How builds run beside serving."""
+
+    threads: Annotated[int, Field(ge=1)] = 1
+    nice: Annotated[int, Field(ge=0, le=19)] = 19
+    max_jobs: Annotated[int, Field(ge=1, le=64)] = 16  # queued and running
+    timeout_seconds: Annotated[float, Field(gt=0)] = 3600
+    calibration: Path | None = None
+    eval_text: Path | None = None
+    seed: int = 0
+    prebuild: bool = False  # build every missing level of the ladder after start-up
+
+
+class ApiKey(_Part):
+    """A caller's key, stored as the SHA-256 hex digest of the secret."""
+
+    name: Annotated[str, Field(min_length=1, max_length=64)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    scopes: tuple[Literal["inference", "admin"], ...] = ("inference",)
+
+
+class Limits(_Part):
+    """Bounds on one request and on the whole front."""
+
+    max_body_bytes: Annotated[int, Field(ge=1024)] = 2**20
+    max_n: Annotated[int, Field(ge=1)] = 8
+    max_stop: Annotated[int, Field(ge=1)] = 16
+    max_logprobs: Annotated[int, Field(ge=0)] = 20
+    max_concurrent: Annotated[int, Field(ge=1)] = 256
+    max_concurrent_per_key: Annotated[int, Field(ge=1)] = 256
+    request_timeout_seconds: Annotated[float, Field(gt=0)] = 600
+
+
+class Settings(BaseSettings):
+    """Everything an operator can set."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PRESSGATE_", env_nested_delimiter="__", frozen=True, extra="forbid"
+    )
+
+    models: Annotated[tuple[Model, ...], Field(min_length=1)] = (Model(id="docs-17m"),)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: Annotated[int, Field(ge=1)] | None = None
+    memory_budget: ByteSize = ByteSize(4 * 2**30)
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8000
+    cache: Cache = Cache()
+    engine: Engine = Engine()
+    build: Build = Build()
+    limits: Limits = Limits()
+    api_keys: tuple[ApiKey, ...] = ()
+    levels: tuple[str, ...] | Literal["auto"] = DEFAULT_LEVELS
+    default_level: str = "bf16"
+    policies: tuple[Policy, ...] = (DEFAULT,)
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        if self.host not in LOOPBACK and not self.api_keys:
+            raise ValueError(
+                f"host {self.host!r} is reachable by others: set api_keys, or use 127.0.0.1"
+            )
+        for name, values in (
+            ("models", [m.id for m in self.models]),
+            ("policies", [p.name for p in self.policies]),
+            ("api_keys", [k.name for k in self.api_keys]),
+        ):
+            twice = {v for v in values if values.count(v) > 1}
+            if twice:
+                raise ValueError(f"{name}: given twice: {', '.join(sorted(twice))}")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def load_settings(file: Path | None = None, **flags: Any) -> Settings:
+    """Read the configuration: `flags` over the environment over `file` over the defaults.
+
+    Raises:
+        ConfigError: a missing file, bad YAML (with line and column), an unknown key or a bad value;
+            the message names each key at fault.
+    """
+    if file is not None and not file.is_file():
+        raise ConfigError(f"{file}: no such file", param="config")
+
+    class _FromFile(Settings):
+        model_config = SettingsConfigDict(yaml_file=file)
+
+    try:
+        settings = _FromFile(**{k: v for k, v in flags.items() if v is not None})
+    except ValidationError as error:
+        raise ConfigError(_explain(error, file), param=_path(error.errors()[0]["loc"])) from None
+    except (yaml.YAMLError, TypeError, ValueError) as error:
+        raise ConfigError(f"{file}: not valid YAML: {error}", param="config") from None
+    return Settings.model_construct(**dict(settings))
+
+
+def _path(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc) or "config"
+
+
+def _explain(error: ValidationError, file: Path | None) -> str:
+    lines = [f"{_path(item['loc'])}: {item['msg']}" for item in error.errors()]
+    return f"{file or 'configuration'}: " + "; ".join(lines)

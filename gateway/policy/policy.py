@@ -1,0 +1,48 @@
+"""A policy: a named rule set of an operator. Pure data; `policy.store` keeps them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from gateway.policy.budget import Budget, Objective, OnMiss
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9._-]{0,62}[a-z0-9])?$")]
+_Text = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Match(BaseModel):
+    """Whom a policy applies to. Every given condition must hold; none given matches nobody
+    (such a policy is reached by name only, or as `default`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    api_key: Annotated[tuple[_Text, ...], Field(max_length=256)] = ()  # key names, not secrets
+    path: _Text | None = None
+    model: _Text | None = None
+    header: Annotated[dict[_Text, _Text], Field(max_length=16)] = Field(default_factory=dict)
+
+
+class Policy(Budget):
+    """Default and outer budget for the requests it matches, and what to do when it cannot be kept.
+
+    The budget fields inherited from `Budget` are outer bounds: a request may tighten them, never
+    loosen them. `levels` (empty: all) are the only levels it may use, best liked first on ties.
+    """
+
+    name: Name
+    match: Match = Match()
+    levels: Annotated[tuple[_Text, ...], Field(max_length=64)] = ()
+    objective: Objective = "quality"
+    on_miss: OnMiss = "nearest"
+    wait_ms: Annotated[float, Field(gt=0, le=3_600_000, allow_inf_nan=False)] = 120_000
+    build: bool = True  # may a miss start a build?
+    expected_requests: Annotated[int, Field(ge=0, le=10**9)] = 100  # traffic a build must pay for
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(**{name: getattr(self, name) for name in Budget.model_fields})
+
+
+DEFAULT = Policy(name="default", max_ppl_ratio=1.02)

@@ -1,0 +1,68 @@
+"""What a variant is and which state it is in. Facts only: no torch, no engines, no I/O."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from gateway.engine.base import EngineStats
+from gateway.variants.card import Card
+
+
+class State(StrEnum):
+    """Life of a variant. Only `variants.pool` moves a variant from one state to another."""
+
+    ABSENT = "absent"  # no bytes anywhere
+    BUILDING = "building"  # a job makes it
+    STORED = "stored"  # on disk or in Redis, not in memory
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"  # no new leases; unloaded when the last ends
+    FAILED = "failed"  # the last build or load failed; `LevelFacts.error` says why
+
+
+@dataclass(frozen=True, slots=True)
+class LevelFacts:
+    """One level of one model as `policy.decide` sees it.
+
+    Attributes:
+        level: recipe name, e.g. `int4-gptq-g128`.
+        family: `dense`, `quantization`, `pruning`, `lowrank`, `distillation`.
+        card: measured on this host, or an estimate (`card.measured` tells).
+        stats: what its engine does now (zeros when it has none).
+        leases: requests holding it.
+        error: why the last build or load failed, in one line.
+    """
+
+    level: str
+    family: str
+    state: State
+    card: Card
+    stats: EngineStats = EngineStats()
+    leases: int = 0
+    error: str | None = None
+
+    @property
+    def loadable(self) -> bool:
+        """Serving it needs no build."""
+        return self.state in (State.READY, State.LOADING, State.STORED)
+
+
+@dataclass(frozen=True, slots=True)
+class LadderSnapshot:
+    """Everything `decide` may know, taken at one moment.
+
+    `memory_used` counts weights and KV pools of every resident variant, bytes; `building` is the
+    number of builds running; `levels` is ordered best quality first.
+    """
+
+    model: str
+    levels: tuple[LevelFacts, ...]
+    memory_budget: int
+    memory_used: int
+    building: int = 0
+    host_running: int = 0
+    host_waiting_prompt_tokens: int = 0
+
+    def level(self, name: str) -> LevelFacts | None:
+        return next((facts for facts in self.levels if facts.level == name), None)
