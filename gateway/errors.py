@@ -1,7 +1,7 @@
 """The gateway's one error tree and its one rendering, OpenAI's error body.
 
-Handlers raise; `gateway.app` renders. Every class carries its HTTP status and OpenAI `type`; nothing
-else in the project turns an error into a response.
+Handlers raise; `gateway.api` renders. Every class carries its HTTP status and OpenAI `type`;
+nothing else in the project turns an error into a response.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Build jobs: a bounded queue in front of one worker process at a time.
 
-Owns the worker subprocess and what is told about it. Does not know what a level is for, who waits, or
-where artifacts go: `variants.pool` gives it a spec and hears of the end.
+Owns the worker subprocess and what is told about it. Does not know what a level is for, who waits,
+or where artifacts go: `variants.pool` gives it a spec and hears of the end.
 """
 
 from __future__ import annotations
@@ -175,7 +175,9 @@ async def _converse(
     on_progress: Callable[[float, str], None],
 ) -> dict[str, object]:
     """Send the spec, follow the progress lines, return the result line."""
-    assert process.stdin and process.stdout and process.stderr
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
     complaints = asyncio.create_task(_tail(process.stderr))
     result: dict[str, object] | None = None
     try:
