@@ -1,7 +1,7 @@
 """Compressed forms of one linear layer: what a method returns and what a kernel computes from.
 
-A form is a frozen bundle of tensors in one *canonical* layout, independent of any kernel. Weights are
-always `[out_features, in_features]` (N × K), as in `torch.nn.Linear`. `dense()` is the reference
+A form is a frozen bundle of tensors in one *canonical* layout, independent of any kernel. Weights
+are always `[out_features, in_features]` (N × K), as in `torch.nn.Linear`. `dense()` is the reference
 meaning of every form; kernels are tested against it. Sub-byte codes travel unpacked here (one uint8
 per code); `compressors.packing` packs them, kernels choose their own storage layout.
 """
@@ -51,7 +51,7 @@ class Dense(LinearForm):
 
 @dataclass(frozen=True, eq=False)
 class Grouped(LinearForm):
-    """Uniform integer quantization in groups along K: `W[n,k] = scale[n,g] * (code[n,k] - zero[n,g])`.
+    """Integer quantization in groups along K: `W[n,k] = scale[n,g] * (code[n,k] - zero[n,g])`.
 
     Attributes:
         codes: uint8 [N, K], values in [0, 2**bits).
@@ -96,8 +96,8 @@ class Sparse24(LinearForm):
     """2:4 sparsity: of every four neighbouring columns two are kept.
 
     Attributes:
-        values: the kept weights as a form of shape [N, K/2] (`Dense`, or `Grouped` for a stack such as
-            `sparse24-wanda+int8`), in column order.
+        values: the kept weights as a form of shape [N, K/2] (`Dense`, or `Grouped` for a stack
+            such as `sparse24-wanda+int8`), in column order.
         index: uint8 [N, K/2], the position 0..3 of each kept value inside its group of four,
             ascending inside a group.
     """
@@ -139,7 +139,7 @@ class LowRank(LinearForm):
 
 @dataclass(frozen=True, eq=False)
 class StoredLinear:
-    """A form in a kernel's storage layout: what an artifact holds and a kernel maps without repacking.
+    """A form in a kernel's storage layout: an artifact holds it, a kernel maps it as it is.
 
     Attributes:
         scheme: the form's scheme, e.g. `grouped`.

@@ -1,8 +1,8 @@
 """The engine protocol and its nouns. Torch-free: the HTTP process imports this and nothing heavier.
 
 A request's life is one `GenerationRequest` in and a stream of `TokenEvent` out. Whoever stops
-iterating (`aclose`, cancellation, an exception) cancels the sequence and frees its KV blocks; there is
-no other cancel call.
+iterating (`aclose`, cancellation, an exception) cancels the sequence and frees its KV blocks; there
+is no other cancel call.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ FinishReason = Literal["stop", "length"]
 class SamplingParams:
     """How to pick tokens; already validated and bounded by the API layer.
 
-    `temperature == 0` is greedy. `top_k == 0` means off. `logprobs` is the number of alternatives to
-    report per token (0 reports the chosen token only), None reports nothing. `json_schema` is the
+    `temperature == 0` is greedy. `top_k == 0` means off. `logprobs` is the number of alternatives
+    to report per token (0 reports the chosen token only), None reports nothing. `json_schema` is the
     text of a JSON schema the output must match (`"{}"`: any JSON object). `seed` makes the sequence
     reproducible whatever else runs in the batch.
     """
@@ -72,11 +72,12 @@ class TokenEvent:
     """One generated token. The last event of a sequence has `finish_reason` set.
 
     Attributes:
-        text: newly complete text, always whole UTF-8 characters; may be empty (partial character, or
-            text held back because it may be the beginning of a stop string).
+        text: newly complete text, always whole UTF-8 characters; may be empty (partial character,
+            or text held back because it may be the beginning of a stop string).
         token: the id sampled, or None for an event that only flushes held-back text.
         cached_tokens: prompt tokens taken from the prefix cache (on the first event).
-        prompt_logprobs: one entry per prompt token, the first with `logprob=None` (first event only).
+        prompt_logprobs: one entry per prompt token, the first with `logprob=None`; on the first
+            event only.
     """
 
     text: str

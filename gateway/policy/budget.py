@@ -16,8 +16,8 @@ class Budget(BaseModel):
     """Upper bounds on one request; None means no bound. Times in ms, memory in MB (10^6 bytes).
 
     `memory_mb` bounds what the level keeps resident (weights) plus the request's own KV cache.
-    `max_ppl_ratio` is compressed over dense perplexity; `min_agreement` the share of positions where
-    the level's most likely token is dense's.
+    `max_ppl_ratio` is compressed over dense perplexity; `min_agreement` the share of positions
+    where the level's most likely token is dense's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -1,7 +1,8 @@
 """The card: measured facts of one variant on one host. Torch-free; JSON in and out.
 
-Field names are those of `pressgate bench` and `GET /v1/levels`, with units in the names. `measured=False` marks an estimate made from the method's published behaviour and the dense
-card; deciders may use it but must say so.
+Field names are those of `pressgate bench` and `GET /v1/levels`, with units in the names.
+`measured=False` marks an estimate made from the method's published behaviour and the dense card;
+deciders may use it but must say so.
 """
 
 from __future__ import annotations
