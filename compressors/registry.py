@@ -79,8 +79,8 @@ class Method:
 
 
 # Priors: perplexity ratio, KL, top-1 agreement on a small trained Llama (17M parameters, the
-# bundled model), which is the hard case: larger models lose less. int8/int4/int3/int2 round to
-# nearest, 2:4 magnitude and depth were measured on it with plain implementations; the ratios between
+# bundled model), which is the hard case: larger models lose less. int8, int4, int3, int2 round to
+# nearest, 2:4 magnitude and depth were measured on it with plain implementations; ratios between
 # methods agree with the published ones (GPTQ arXiv:2210.17323 table 3, HQQ blog table 1, Wanda
 # arXiv:2306.11695 table 3, SVD-LLM arXiv:2403.07378 table 1, ShortGPT arXiv:2403.03853 table 2).
 _RTN = {
