@@ -1,0 +1,299 @@
+"""Every Prometheus metric of the gateway, once. Owns names, labels and buckets; decides nothing.
+
+What happens is counted through the methods of `Metrics`; what *is* (levels, memory, queues) is read
+from a `Ladders` provider when Prometheus scrapes, so it cannot go stale. Label values are bounded:
+models, levels and policies come from configuration, never straight from a request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from gateway.variants.jobs import Job, JobState
+from gateway.variants.variant import LadderSnapshot, LevelFacts, State
+
+NONE = "none"
+"""Label value where there is no model, level or policy (e.g. a refused request)."""
+
+_TTFT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2.5, 5, 10, 30, 60, 120)
+_TPOT = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06, 0.1, 0.2, 0.5, 1, 2.5)
+_E2E = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
+_QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_WORK = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600)
+_ERROR = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 5, 10)
+_PLACE = ("model", "level")
+_SERVED = ("model", "level", "policy")
+
+Tier = Literal["memory", "disk", "redis"]
+
+
+class Ladders(Protocol):
+    """What the scrape-time gauges read; the variant pool is one."""
+
+    @property
+    def memory_budget(self) -> int: ...
+    def memory_used(self) -> int: ...
+    def models(self) -> list[str]: ...
+    def snapshot(self, model: str) -> LadderSnapshot: ...
+    def jobs(self) -> Sequence[Job]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """One request at its end, however it ended. Seconds; None where it did not get that far."""
+
+    model: str
+    level: str
+    policy: str
+    code: int
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    queue_s: float | None = None
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    e2e_s: float | None = None
+
+
+class Metrics:
+    """The metrics in one registry (its own by default, so that two can live in a test)."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        self._requests = self._counter("requests", "Requests by status", (*_SERVED, "code"))
+        self._ttft = self._histogram(
+            "time_to_first_token_seconds", "Arrival to first token", _SERVED, _TTFT
+        )
+        self._tpot = self._histogram(
+            "time_per_output_token_seconds",
+            "Mean gap between tokens of one request",
+            _SERVED,
+            _TPOT,
+        )
+        self._e2e = self._histogram("e2e_latency_seconds", "Arrival to last token", _SERVED, _E2E)
+        self._queue = self._histogram(
+            "queue_seconds", "Arrival to engine: decision, admission, loading", _SERVED, _QUEUE
+        )
+        self._prompt = self._counter("prompt_tokens", "Prompt tokens served", _SERVED)
+        self._cached = self._counter(
+            "prompt_cached_tokens", "Prompt tokens not recomputed", _SERVED
+        )
+        self._generated = self._counter("generation_tokens", "Tokens generated", _SERVED)
+        self._decisions = self._counter(
+            "decisions", "Decisions by action and reason", (*_SERVED, "action", "reason")
+        )
+        self._slo_met = self._counter("slo_met", "Requests that kept every budget", _SERVED)
+        self._slo_missed = self._counter(
+            "slo_missed", "Requests that missed this budget", (*_SERVED, "budget")
+        )
+        self._predicted_ttft = self._histogram(
+            "predicted_ttft_seconds", "Predicted time to first token", _PLACE, _TTFT
+        )
+        self._predicted_tpot = self._histogram(
+            "predicted_tpot_seconds", "Predicted time per output token", _PLACE, _TPOT
+        )
+        self._error = self._histogram(
+            "prediction_error_ratio",
+            "abs(predicted - measured) / measured",
+            (*_PLACE, "quantity"),
+            _ERROR,
+        )
+        self._build_work()
+        self._cache()
+
+    def _build_work(self) -> None:
+        self._builds = self._histogram(
+            "build_seconds", "Builds by outcome", (*_PLACE, "outcome"), _WORK
+        )
+        self._progress = self._gauge("build_progress_ratio", "Share of the build done", _PLACE)
+        self._loads = self._histogram("load_seconds", "Loads into memory", _PLACE, _WORK)
+
+    def _cache(self) -> None:
+        self._hits = self._counter("cache_hits", "Artifacts found", ("tier",))
+        self._misses = self._counter("cache_misses", "Artifacts not found", ("tier",))
+        self._bytes = self._gauge("cache_bytes", "Bytes kept", ("tier",))
+        self._evictions = self._counter("cache_evictions", "Artifacts evicted for room", ("tier",))
+        self._corruptions = self._counter(
+            "cache_corruptions", "Files that failed their digest", ("tier",)
+        )
+        self._redis_up = self._gauge("redis_up", "1 when Redis answers, 0 when it does not")
+
+    # -- requests ---------------------------------------------------------------------------
+
+    def request_finished(self, done: Finished) -> None:
+        labels = (done.model, done.level, done.policy)
+        self._requests.labels(*labels, str(done.code)).inc()
+        timings = (
+            (self._queue, done.queue_s),
+            (self._ttft, done.ttft_s),
+            (self._tpot, done.tpot_s),
+            (self._e2e, done.e2e_s),
+        )
+        for histogram, seconds in timings:
+            if seconds is not None:
+                histogram.labels(*labels).observe(seconds)
+        if done.generated_tokens:
+            self._prompt.labels(*labels).inc(done.prompt_tokens)
+            self._cached.labels(*labels).inc(done.cached_tokens)
+            self._generated.labels(*labels).inc(done.generated_tokens)
+
+    def slo(self, model: str, level: str, policy: str, missed: Iterable[str]) -> None:
+        """`missed`: names of the budget fields not kept; none means the SLO was met."""
+        missed = tuple(missed)
+        if not missed:
+            self._slo_met.labels(model, level, policy).inc()
+        for budget in missed:
+            self._slo_missed.labels(model, level, policy, budget).inc()
+
+    def decision(
+        self, model: str, level: str | None, policy: str, action: str, reason: str
+    ) -> None:
+        """`reason` must be a short code from a closed set, not a sentence."""
+        self._decisions.labels(model, level or NONE, policy, action, reason).inc()
+
+    def predicted(
+        self,
+        model: str,
+        level: str,
+        quantity: Literal["ttft", "tpot", "latency"],
+        predicted_s: float,
+    ) -> None:
+        """A prediction made for a request that will be served."""
+        target = {"ttft": self._predicted_ttft, "tpot": self._predicted_tpot}.get(quantity)
+        if target is not None:
+            target.labels(model, level).observe(predicted_s)
+
+    def prediction_error(
+        self,
+        model: str,
+        level: str,
+        quantity: Literal["ttft", "tpot", "latency"],
+        *,
+        predicted_s: float,
+        measured_s: float,
+    ) -> None:
+        if measured_s > 0:
+            error = abs(predicted_s - measured_s) / measured_s
+            self._error.labels(model, level, quantity).observe(error)
+
+    # -- builds and cache -------------------------------------------------------------------
+
+    def job_changed(self, job: Job) -> None:
+        """Follow a build job; give this to the job board."""
+        if not job.ended:
+            self._progress.labels(job.model, job.level).set(job.progress)
+            return
+        self._progress.labels(job.model, job.level).set(1.0 if job.state is JobState.DONE else 0.0)
+        self._builds.labels(job.model, job.level, job.state.value).observe(job.build_seconds)
+
+    def loaded(self, model: str, level: str, seconds: float) -> None:
+        self._loads.labels(model, level).observe(seconds)
+
+    def cache_hit(self, tier: Tier) -> None:
+        self._hits.labels(tier).inc()
+
+    def cache_miss(self, tier: Tier) -> None:
+        self._misses.labels(tier).inc()
+
+    def cache_evicted(self, tier: Tier, count: int = 1) -> None:
+        self._evictions.labels(tier).inc(count)
+
+    def cache_corrupted(self, tier: Tier) -> None:
+        self._corruptions.labels(tier).inc()
+
+    def watch_cache_bytes(self, tier: Tier, read: Callable[[], float]) -> None:
+        """`read` is called at every scrape and must be quick."""
+        self._bytes.labels(tier).set_function(read)
+
+    def redis_up(self, up: bool) -> None:
+        self._redis_up.set(1.0 if up else 0.0)
+
+    # -- exposition -------------------------------------------------------------------------
+
+    def watch(self, ladders: Ladders) -> None:
+        """Export the state of every level, read at each scrape."""
+        self.registry.register(_LadderCollector(ladders))
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
+        return Counter(f"pressgate_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, labels: Sequence[str] = ()) -> Gauge:
+        return Gauge(f"pressgate_{name}", text, labels, registry=self.registry)
+
+    def _histogram(
+        self, name: str, text: str, labels: Sequence[str], buckets: Sequence[float]
+    ) -> Histogram:
+        return Histogram(f"pressgate_{name}", text, labels, registry=self.registry, buckets=buckets)
+
+
+_LEVEL_GAUGES: Mapping[str, tuple[str, Callable[[LevelFacts], float | None]]] = {
+    "requests_running": ("Sequences being decoded", lambda f: f.stats.running),
+    "requests_waiting": ("Sequences waiting in the engine", lambda f: f.stats.waiting),
+    "kv_cache_usage_ratio": (
+        "KV blocks in use",
+        lambda f: (
+            f.stats.kv_used_blocks / f.stats.kv_total_blocks if f.stats.kv_total_blocks else None
+        ),
+    ),
+    "variant_leases": ("Requests holding the level", lambda f: f.leases),
+    "variant_stored_bytes": ("Bytes of the artifact", lambda f: f.card.stored_bytes or None),
+    "variant_resident_bytes": (
+        "Bytes of weights in memory now",
+        lambda f: f.card.resident_bytes if f.state in (State.READY, State.DRAINING) else 0,
+    ),
+    "compression_ratio": ("Dense bytes / stored bytes", lambda f: f.card.compression_ratio),
+    "speedup_ratio": ("Decode speed / dense decode speed", lambda f: f.card.speedup),
+    "variant_perplexity_ratio": ("Perplexity / dense", lambda f: f.card.perplexity_ratio),
+    "variant_kl_nats": ("KL divergence from dense", lambda f: f.card.kl_nats),
+    "variant_top1_agreement": ("Top-1 agreement with dense", lambda f: f.card.top1_agreement),
+    "variant_measured": ("1 if the card was measured on this host", lambda f: f.card.measured),
+}
+
+
+class _LadderCollector(Collector):
+    """Gauges computed from ladder snapshots while scraping."""
+
+    def __init__(self, ladders: Ladders) -> None:
+        self._ladders = ladders
+
+    def describe(self) -> Iterable[GaugeMetricFamily]:
+        """Nothing: registration must not sample a pool that has not started."""
+        return ()
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        pool = self._ladders
+        facts = [(m, level) for m in pool.models() for level in pool.snapshot(m).levels]
+        for name, (text, read) in _LEVEL_GAUGES.items():
+            family = GaugeMetricFamily(f"pressgate_{name}", text, labels=_PLACE)
+            for model, level in facts:
+                if (value := read(level)) is not None:
+                    family.add_metric((model, level.level), float(value))
+            yield family
+        yield self._states(facts)
+        for name, text, value in (
+            ("memory_budget_bytes", "What weights and KV may use", pool.memory_budget),
+            ("memory_used_bytes", "What weights and KV use", pool.memory_used()),
+            ("builds_open", "Builds queued or running", sum(not j.ended for j in pool.jobs())),
+        ):
+            yield GaugeMetricFamily(f"pressgate_{name}", text, value=value)
+
+    @staticmethod
+    def _states(facts: Iterable[tuple[str, LevelFacts]]) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(
+            "pressgate_variant_state", "1 for the state the level is in", labels=(*_PLACE, "state")
+        )
+        for model, level in facts:
+            for state in State:
+                value = 1.0 if state is level.state else 0.0
+                family.add_metric((model, level.level, state.value), value)
+        return family
