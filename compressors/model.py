@@ -233,8 +233,8 @@ def build_skeleton(
 ) -> nn.Module:
     """The causal LM of `config` with every parameter on the meta device and every buffer real.
 
-    Buffers (rotary frequencies, masks) are computed by the constructors and are in no checkpoint, so
-    they must exist; parameters cost nothing until `set_tensor` fills them.
+    Buffers (rotary frequencies, masks) are computed by the constructors and are in no checkpoint,
+    so they must exist; parameters cost nothing until `set_tensor` fills them.
 
     Args:
         dtype: of the parameters; None is the config's.
@@ -270,7 +270,7 @@ def build_skeleton(
 
 
 def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put `tensor` in place of a parameter or buffer, in every module that shares it (tied weights)."""
+    """Put `tensor` in place of a parameter or buffer, in every module that shares it (tying)."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
     if leaf in module._buffers:
@@ -290,7 +290,8 @@ def source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     """Name of every parameter and persistent buffer of `model` → its name in the checkpoint.
 
     Tied parameters appear once. Checkpoints saved from the base model lack its prefix (or a causal
-    LM's have it); both are understood. Persistent buffers that are not stored keep their built value.
+    LM's have it); both are understood. Persistent buffers that are not stored keep their built
+    value.
 
     Raises:
         CheckpointError: a parameter is missing or has another shape.
@@ -319,7 +320,7 @@ def source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The decoder blocks of a model: `path` of the ModuleList, e.g. `model.layers`, and the list."""
+    """The decoder blocks of a model: `path` of their ModuleList, e.g. `model.layers`, and it."""
 
     path: str
     modules: nn.ModuleList
