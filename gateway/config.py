@@ -61,6 +61,8 @@ class FakeModel(_Part):
     prefill_tokens_per_s: Annotated[float, Field(gt=0)] = 10_000.0
     tpot_ms: Annotated[float, Field(ge=0)] = 5.0
     load_seconds: Annotated[float, Field(ge=0)] = 0.0
+    build_seconds: Annotated[float, Field(ge=0)] = 0.2
+    failing_levels: tuple[str, ...] = ()
 
 
 class Model(_Part):
@@ -151,7 +153,6 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     api_keys: tuple[ApiKey, ...] = ()
     levels: tuple[str, ...] | Literal["auto"] = DEFAULT_LEVELS
-    default_level: str = "bf16"
     policies: tuple[Policy, ...] = (DEFAULT,)
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 

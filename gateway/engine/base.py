@@ -7,9 +7,9 @@ is no other cancel call.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 
@@ -19,9 +19,9 @@ class SamplingParams:
     """How to pick tokens; already validated and bounded by the API layer.
 
     `temperature == 0` is greedy. `top_k == 0` means off. `logprobs` is the number of alternatives
-    to report per token (0 reports the chosen token only), None reports nothing. `json_schema` is the
-    text of a JSON schema the output must match (`"{}"`: any JSON object). `seed` makes the sequence
-    reproducible whatever else runs in the batch.
+    to report per token (0 reports the chosen token only), None reports nothing. `json_schema` is
+    the text of a JSON schema the output must match (`"{}"`: any JSON object). `seed` makes the
+    sequence reproducible whatever else runs in the batch.
     """
 
     max_tokens: int
@@ -104,6 +104,25 @@ class EngineStats:
     kv_total_blocks: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+
+
+class TextCodec(Protocol):
+    """Between text and token ids, for one model. Cheap calls; safe from any thread."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The prompt of a conversation, ready for the assistant's answer.
+
+        Raises:
+            InvalidRequest: the model has no chat template, or it refuses these messages.
+        """
+        ...
 
 
 class Engine(Protocol):

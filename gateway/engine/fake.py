@@ -10,8 +10,9 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from zlib import crc32
 
 from gateway.engine.base import (
@@ -84,7 +85,7 @@ class FakeTokenizer:
             return (_WORDS + _JSON)[token - _WORD_BASE].encode()
         return b""
 
-    def chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """`role: content` lines and an opening for the answer."""
         lines = [f"{m['role']}: {m['content']}\n" for m in messages]
         return self.encode("".join(lines) + "assistant:")

@@ -32,6 +32,8 @@ class LevelFacts:
         stats: what its engine does now (zeros when it has none).
         leases: requests holding it.
         error: why the last build or load failed, in one line.
+        kv_bytes_per_token: KV-cache bytes one token of context takes; 0 when unknown.
+        max_running: sequences its engine decodes at once; 0 when unknown.
     """
 
     level: str
@@ -41,6 +43,8 @@ class LevelFacts:
     stats: EngineStats = EngineStats()
     leases: int = 0
     error: str | None = None
+    kv_bytes_per_token: int = 0
+    max_running: int = 0
 
     @property
     def loadable(self) -> bool:

@@ -1,0 +1,95 @@
+"""Between tensors and the cache's bytes: writing a model as an artifact, mapping it back.
+
+The only file that knows both torch dtypes and manifest records.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cache.disk import Artifact, ArtifactWriter
+from cache.manifest import ModuleRecord, TensorRecord
+from compressors.tensor import LinearForm, StoredLinear
+from gateway.engine.kernels.store import pack
+from gateway.engine.runner import VariantWeights
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+class ArtifactSink:
+    """A `compressors.base.Sink` that packs every linear for its kernel and stores it at once."""
+
+    def __init__(self, writer: ArtifactWriter) -> None:
+        self._writer = writer
+        self.model_config: dict[str, Any] = {}
+        self.tensors: dict[str, TensorRecord] = {}
+        self.modules: dict[str, ModuleRecord] = {}
+
+    def config(self, config: dict[str, Any]) -> None:
+        self.model_config = config
+
+    def tensor(self, name: str, tensor: Tensor) -> None:
+        flat = tensor.detach().cpu().contiguous()
+        data = flat.reshape(-1).view(torch.uint8).numpy() if flat.numel() else b""
+        self.tensors[name] = self._writer.put(
+            name, memoryview(data), _NAMES[flat.dtype], tuple(flat.shape)
+        )
+
+    def linear(self, module: str, form: LinearForm) -> None:
+        stored = pack(form)
+        names = {}
+        for suffix, tensor in stored.tensors.items():
+            names[suffix] = f"{module}.{suffix}"
+            self.tensor(names[suffix], tensor)
+        self.modules[module] = ModuleRecord(
+            scheme=stored.scheme, layout=stored.layout, meta=stored.meta, tensors=names
+        )
+
+
+def weights_of(artifact: Artifact, dtype: torch.dtype) -> VariantWeights:
+    """The artifact's tensors as views of its mapped blobs: nothing is copied or repacked.
+
+    Raises:
+        CorruptArtifact: a blob is not what the manifest says.
+    """
+    manifest = artifact.manifest
+    tensors = {name: _tensor(artifact, name, record) for name, record in manifest.tensors.items()}
+    linears = {
+        module: StoredLinear(
+            scheme=record.scheme,
+            layout=record.layout,
+            meta=dict(record.meta),
+            tensors={suffix: tensors[name] for suffix, name in record.tensors.items()},
+        )
+        for module, record in manifest.modules.items()
+    }
+    packed = {name for record in manifest.modules.values() for name in record.tensors.values()}
+    plain: Mapping[str, Tensor] = {n: t for n, t in tensors.items() if n not in packed}
+    return VariantWeights(config=manifest.config, tensors=plain, linears=linears, dtype=dtype)
+
+
+def _tensor(artifact: Artifact, name: str, record: TensorRecord) -> Tensor:
+    dtype = _DTYPES[record.dtype]
+    if not record.nbytes:
+        return torch.empty(record.shape, dtype=dtype)
+    with warnings.catch_warnings():
+        # The map is read-only by intent; nothing writes to weights.
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(artifact.tensor(name), dtype=dtype).reshape(record.shape)

@@ -1,0 +1,305 @@
+"""Levels of a local checkpoint: built by worker processes, cached as artifacts, run by torch.
+
+Wires the cache, the card book and the engine together for one model. The pool above owns state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from blake3 import blake3
+
+from cache.errors import CacheError
+from cache.keys import variant_key
+from cache.single_flight import Claim, SingleFlight
+from cache.tiered import ArtifactStore
+from compressors.recipe import Recipe
+from compressors.registry import estimate
+from gateway.config import Model, Settings, Upstream
+from gateway.engine.base import TextCodec
+from gateway.engine.tokenizer import Tokenizer, load_tokenizer
+from gateway.engine.upstream import UpstreamEngine
+from gateway.errors import ModelError
+from gateway.variants.backend import LevelSpec, Loaded, ProgressFn
+from gateway.variants.card import Card
+from gateway.variants.cards import CardBook
+from gateway.variants.jobs import BuildFailed, run_worker
+from gateway.variants.spec import BuildSpec
+
+if TYPE_CHECKING:
+    from compressors.model import Checkpoint
+    from gateway.engine.local import LocalRuntime
+    from gateway.engine.runner import VariantWeights
+
+DEFAULT_TEXT = "default-v1"  # stands for the default calibration text in artifact keys
+_NATIVE_LEVELS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+# Before anything was measured here: dense bytes per second a build gets through, and the seconds
+# every worker spends on start-up and on measuring the card.
+_BUILD_RATE = {False: 50e6, True: 2e6}  # by "needs calibration"
+_BUILD_OVERHEAD_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all local models of a gateway share."""
+
+    settings: Settings
+    store: ArtifactStore
+    flight: SingleFlight
+    cards: CardBook
+    runtime: LocalRuntime
+
+
+class LocalBackend:
+    """`Backend` of one checkpoint."""
+
+    def __init__(self, model: Model, shared: Shared, folder: Path, levels: tuple[str, ...]) -> None:
+        """
+        Args:
+            folder: the resolved checkpoint folder.
+            levels: the ladder's level names; the checkpoint's own dense level is always added.
+        """
+        self.model = model.id
+        self.default_level = ""
+        self.context_length = 0
+        self.kv_bytes_per_token = 0
+        self.max_running = shared.settings.engine.max_num_seqs
+        self._options = model
+        self._shared = shared
+        self._folder = folder
+        self._names = levels
+        self._recipes: dict[str, Recipe] = {}
+        self._upstream: Mapping[str, Upstream] = model.upstream
+        self._checkpoint: Checkpoint | None = None
+        self._tokenizer: Tokenizer | None = None
+        self._source = ""
+        self._keys: dict[str, str] = {}
+        self._known_cards: dict[str, Card] = {}  # asked for on every request
+
+    @property
+    def tokenizer(self) -> TextCodec:
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._open)
+
+    def _open(self) -> None:
+        from compressors.model import Checkpoint, CheckpointError, parse_config
+        from gateway.engine.tokenizer import TokenizerError
+
+        try:
+            self._checkpoint = Checkpoint(self._folder)
+            parsed = parse_config(self._checkpoint.config)
+            self._tokenizer = load_tokenizer(self._folder)
+            self._source = self._checkpoint.source_digest
+        except (CheckpointError, TokenizerError) as error:
+            raise ModelError(str(error), param="model") from error
+        text_config = parsed.get_text_config()
+        dtype = str(text_config.dtype or "float32").removeprefix("torch.")
+        self.default_level = _NATIVE_LEVELS.get(dtype, "fp32")
+        self.context_length = _context_length(text_config)
+        self.kv_bytes_per_token = _kv_bytes(text_config, _ITEM_BYTES[self._compute_dtype("")])
+        names = (self.default_level, *self._names)
+        self._recipes = {name: Recipe.parse(name) for name in names}
+        self._keys = {name: self._key(recipe) for name, recipe in self._recipes.items()}
+        self._shared.cards.listen(lambda key: self._known_cards.clear())
+
+    # -- facts ------------------------------------------------------------------------------
+
+    def ladder(self) -> tuple[LevelSpec, ...]:
+        own = tuple(LevelSpec(name, recipe.family) for name, recipe in self._recipes.items())
+        return own + tuple(LevelSpec(name, "upstream") for name in self._upstream)
+
+    def key(self, level: str) -> str:
+        """The artifact key of a level."""
+        return self._keys[level]
+
+    def levels_of(self, key: str) -> list[str]:
+        """The levels stored under an artifact key (none or one)."""
+        return [level for level, known in self._keys.items() if known == key]
+
+    def _key(self, recipe: Recipe) -> str:
+        return variant_key(
+            model=self.model,
+            revision=self._options.revision or "",
+            recipe=recipe.name,
+            source=self._source,
+            calibration=self._calibration_digest() if recipe.needs_calibration else "",
+            seed=self._shared.settings.build.seed,
+        )
+
+    async def stored(self, level: str) -> bool:
+        if level == self.default_level or level in self._upstream:
+            return True
+        return self.key(level) in await self._shared.store.keys()
+
+    def card(self, level: str) -> Card:
+        if level in self._upstream:
+            return Card(perplexity_ratio=self._upstream[level].perplexity_ratio)
+        if level not in self._known_cards:
+            measured = self._shared.cards.get(self.key(level))
+            complete = measured is not None and measured.decode_tokens_per_s
+            self._known_cards[level] = (
+                measured if measured is not None and complete else self._expected(level, measured)
+            )
+        return self._known_cards[level]
+
+    def load_bytes(self, level: str) -> int:
+        if level in self._upstream:
+            return 0
+        return self.card(level).resident_bytes
+
+    def kv_bytes(self) -> int:
+        return self._shared.runtime.kv_bytes
+
+    # -- acts -------------------------------------------------------------------------------
+
+    async def load(self, level: str) -> Loaded | None:
+        began = time.monotonic()
+        if level in self._upstream:
+            engine = _upstream_engine(self._upstream[level])
+            return Loaded(engine, 0, time.monotonic() - began)
+        weights = await self._weights(level)
+        if weights is None:
+            return None
+        local = await self._shared.runtime.load(f"{self.model}@{level}", weights, self.tokenizer)
+        return Loaded(local, local.resident_bytes, time.monotonic() - began)
+
+    async def build(self, level: str, on_progress: ProgressFn) -> None:
+        key = self.key(level)
+
+        async def made() -> bool | None:
+            """True when the artifact exists and this host has measured it."""
+            if not self._shared.cards.measured_here(key):
+                return None
+            return True if await self.stored(level) else None
+
+        async def work(claim: Claim) -> bool:
+            result = await run_worker(
+                self._spec(level).model_dump_json().encode(),
+                timeout=self._shared.settings.build.timeout_seconds,
+                on_progress=on_progress,
+            )
+            if not await claim.still_valid():
+                raise BuildFailed("another gateway took this build over")
+            if level != self.default_level:
+                await self._shared.store.share(key)
+            await self._shared.cards.put(key, Card.model_validate(result["card"]))
+            return True
+
+        try:
+            await self._shared.flight.run(key, work, made)
+        except CacheError as error:
+            raise BuildFailed(str(error)) from error
+
+    async def delete(self, level: str) -> None:
+        if level != self.default_level and level not in self._upstream:
+            await self._shared.store.delete(self.key(level))
+
+    async def close(self) -> None:
+        """The runtime and the stores are closed by who made them."""
+
+    # -- inside -----------------------------------------------------------------------------
+
+    async def _weights(self, level: str) -> VariantWeights | None:
+        from compressors.model import torch_dtype
+        from gateway.variants.artifact import dense_weights, weights_of
+
+        dtype = torch_dtype(self._compute_dtype(level))
+        if level == self.default_level:
+            assert self._checkpoint is not None
+            return await asyncio.to_thread(dense_weights, self._checkpoint, dtype)
+        artifact = await self._shared.store.fetch(self.key(level))
+        if artifact is None:
+            return None
+        return await asyncio.to_thread(weights_of, artifact, dtype)
+
+    def _compute_dtype(self, level: str) -> str:
+        """A dense level computes in its own type, others as configured or as the checkpoint."""
+        recipe = self._recipes.get(level)
+        if recipe is not None and recipe.dtype is not None:
+            return recipe.dtype
+        chosen = self._shared.settings.dtype
+        return self.default_level if chosen == "auto" else chosen
+
+    def _calibration_digest(self) -> str:
+        file = self._shared.settings.build.calibration
+        if file is None:
+            return blake3(DEFAULT_TEXT.encode()).hexdigest()
+        return blake3(file.read_bytes()).hexdigest()
+
+    def _spec(self, level: str) -> BuildSpec:
+        settings = self._shared.settings
+        return BuildSpec(
+            model=self.model,
+            revision=self._options.revision or "",
+            folder=self._folder,
+            source_digest=self._source,
+            level=level,
+            key="" if level == self.default_level else self.key(level),
+            calibration=settings.build.calibration,
+            calibration_digest=self._calibration_digest(),
+            eval_text=settings.build.eval_text,
+            seed=settings.build.seed,
+            cache_dir=settings.cache.root,
+            disk_budget=settings.cache.disk_budget,
+            compute_dtype=self._compute_dtype(level),
+            device=self._shared.runtime.device,
+            threads=settings.build.threads,
+            serve_threads=settings.threads or os.cpu_count() or 1,
+            nice=settings.build.nice,
+        )
+
+    def _expected(self, level: str, elsewhere: Card | None) -> Card:
+        """An estimate from the method's published behaviour and this host's dense card."""
+        assert self._checkpoint is not None
+        recipe = self._recipes[level]
+        expected = estimate(recipe)
+        size = int(self._checkpoint.total_bytes * expected.size_ratio)
+        facts: dict[str, Any] = {
+            "stored_bytes": size,
+            "resident_bytes": size,
+            "compression_ratio": 1.0 / expected.size_ratio,
+            "perplexity_ratio": expected.perplexity_ratio,
+            "kl_nats": expected.kl_nats,
+            "top1_agreement": expected.top1_agreement,
+            "build_seconds": _BUILD_OVERHEAD_S
+            + self._checkpoint.total_bytes / _BUILD_RATE[recipe.needs_calibration],
+        }
+        if elsewhere is not None:
+            facts |= elsewhere.model_dump(exclude_defaults=True)
+        dense = self._shared.cards.get(self.key(self.default_level))
+        if dense is not None:
+            facts["prefill_tokens_per_s"] = dense.prefill_tokens_per_s
+            facts["decode_tokens_per_s"] = dense.decode_tokens_per_s
+        return Card(**facts | {"measured": False})
+
+
+def _upstream_engine(upstream: Upstream) -> UpstreamEngine:
+    key = os.environ.get(upstream.api_key_env) if upstream.api_key_env else None
+    return UpstreamEngine(upstream.url, upstream.model, api_key=key)
+
+
+def _context_length(config: Any) -> int:
+    """Positions the model was made for; architectures name it differently."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2048
+
+
+def _kv_bytes(config: Any, item_bytes: int) -> int:
+    """Bytes of keys and values one token keeps over all layers."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim * item_bytes)

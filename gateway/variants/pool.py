@@ -1,0 +1,453 @@
+"""The pool: the one owner of every variant's state, memory and leases.
+
+Only this file moves a variant from one `State` to another. All mutation happens on the event loop
+between two awaits, so there are no locks: asking and acting are one step (`lease`). Work that takes
+time is a task per variant that later callers join. What to load or build is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from gateway.engine.base import Engine, EngineFailed, EngineStats, TextCodec
+from gateway.errors import Conflict, NotFound, Overloaded, PressgateError, Unavailable
+from gateway.variants.backend import Backend, LevelSpec
+from gateway.variants.card import Card
+from gateway.variants.jobs import BuildFailed, Job, JobBoard, JobState
+from gateway.variants.variant import LadderSnapshot, LevelFacts, State
+
+log = logging.getLogger(__name__)
+
+_RETRY_FAILED_AFTER = 30.0  # a failed level is not tried again by requests before this many seconds
+_IDLE_STATS = EngineStats()
+
+
+@dataclass(slots=True)
+class _Variant:
+    """One level of one model. Fields are changed by `VariantPool` only."""
+
+    backend: Backend
+    spec: LevelSpec
+    state: State = State.ABSENT
+    engine: Engine | None = None
+    resident_bytes: int = 0
+    leases: int = 0
+    error: str | None = None
+    failed_at: float = 0.0
+    last_used: float = 0.0
+    loads: int = 0
+    loading: asyncio.Task[None] | None = None
+    building: asyncio.Task[None] | None = None
+    unloading: asyncio.Task[None] | None = None
+    job_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend.model}@{self.spec.level}"
+
+
+class VariantPool:
+    """Levels of every model under one byte budget for weights and KV."""
+
+    def __init__(
+        self,
+        backends: Sequence[Backend],
+        *,
+        memory_budget: int,
+        max_jobs: int,
+        on_job: Callable[[Job], None] = lambda job: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._backends = {backend.model: backend for backend in backends}
+        self._variants: dict[str, dict[str, _Variant]] = {}
+        self._budget = memory_budget
+        self._board = JobBoard(max_jobs, on_job)
+        self._clock = clock
+        self._build_turn = asyncio.Semaphore(1)  # one worker at a time: builds are heavy
+        self._load_turn = asyncio.Lock()  # one load at a time, so that memory is counted once
+        self._closing = False
+
+    # -- life -------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Open every backend and load every model's default level.
+
+        Raises:
+            ModelError: a model cannot be served.
+        """
+        for backend in self._backends.values():
+            await backend.start()
+            variants = {spec.level: _Variant(backend, spec) for spec in backend.ladder()}
+            for variant in variants.values():
+                if await backend.stored(variant.spec.level):
+                    variant.state = State.STORED
+            self._variants[backend.model] = variants
+            await self.warm(backend.model, backend.default_level)
+
+    async def close(self) -> None:
+        """Stop builds and loads, free every engine."""
+        self._closing = True
+        for variant in self._all():
+            for task in (variant.loading, variant.building, variant.unloading):
+                if task is not None:
+                    if task is not variant.unloading:
+                        task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+            if variant.engine is not None:
+                await self._unload(variant)
+        for backend in self._backends.values():
+            await backend.close()
+
+    # -- facts ------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        """Every model's default level can serve."""
+        return bool(self._variants) and all(
+            any(v.state is State.READY for v in variants.values())
+            for variants in self._variants.values()
+        )
+
+    @property
+    def memory_budget(self) -> int:
+        return self._budget
+
+    def memory_used(self) -> int:
+        """Bytes of weights resident or being loaded, plus KV pools."""
+        weights = sum(variant.resident_bytes for variant in self._all())
+        return weights + sum(backend.kv_bytes() for backend in self._backends.values())
+
+    def models(self) -> list[str]:
+        return list(self._backends)
+
+    def tokenizer(self, model: str) -> TextCodec:
+        return self._backend(model).tokenizer
+
+    def context_length(self, model: str) -> int:
+        return self._backend(model).context_length
+
+    def default_level(self, model: str) -> str:
+        return self._backend(model).default_level
+
+    def snapshot(self, model: str) -> LadderSnapshot:
+        """The ladder of `model` now, best quality first.
+
+        Raises:
+            NotFound: unknown model.
+        """
+        backend = self._backend(model)
+        levels = [self._facts(variant) for variant in self._variants.get(model, {}).values()]
+        levels.sort(key=lambda facts: (facts.card.perplexity_ratio, -facts.card.resident_bytes))
+        everyone = [v.engine.stats() for v in self._all() if v.engine is not None]
+        return LadderSnapshot(
+            model=backend.model,
+            levels=tuple(levels),
+            memory_budget=self._budget,
+            memory_used=self.memory_used(),
+            building=sum(1 for v in self._all() if v.state is State.BUILDING),
+            host_running=sum(stats.running for stats in everyone),
+            host_waiting_prompt_tokens=sum(stats.waiting_prompt_tokens for stats in everyone),
+        )
+
+    def jobs(self) -> list[Job]:
+        return self._board.all()
+
+    def job(self, job_id: str) -> Job:
+        return self._board.get(job_id)
+
+    # -- acts -------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def lease(self, model: str, level: str, *, wait_s: float) -> AsyncIterator[Engine]:
+        """Hold a level ready while the block runs; loads or builds it first, joining such work.
+
+        Raises:
+            NotFound: unknown model or level.
+            Unavailable: not ready within `wait_s` seconds, failed, or no memory for it.
+        """
+        variant = self._variant(model, level)
+        engine = await self._acquire(variant, wait_s)
+        try:
+            yield engine
+        except EngineFailed as error:
+            self._fail(variant, f"engine failed: {error}")
+            raise
+        finally:
+            variant.leases -= 1
+            variant.last_used = self._clock()
+
+    async def request_build(self, model: str, level: str, *, reason: str) -> Job:
+        """Start (or join) the build of an absent level and return its job at once.
+
+        Raises:
+            NotFound: unknown model or level.
+            Conflict: the level is there already.
+            Overloaded: too many builds.
+        """
+        variant = self._variant(model, level)
+        if variant.state not in (State.ABSENT, State.FAILED, State.BUILDING):
+            raise Conflict(f"{variant.name} is {variant.state} already", param="level")
+        self._ensure_build(variant, reason)
+        assert variant.job_id is not None
+        return self._board.get(variant.job_id)
+
+    async def wait_ready(self, model: str, level: str, timeout_s: float) -> None:
+        """Wait until a level that is building or loading is ready.
+
+        Raises:
+            Unavailable: not within `timeout_s`, or its build failed.
+        """
+        await self._make_ready(self._variant(model, level), timeout_s)
+
+    async def warm(self, model: str, level: str) -> None:
+        """Load a level (building it first if need be) and keep it loaded until memory is needed."""
+        await self._make_ready(self._variant(model, level), wait_s=3600.0)
+
+    async def evict(self, model: str, level: str, *, delete: bool = False) -> None:
+        """Unload a level; `delete` also forgets its artifact.
+
+        Raises:
+            Conflict: requests hold it, or it is being built or loaded.
+        """
+        variant = self._variant(model, level)
+        if variant.leases:
+            raise Conflict(f"{variant.name} serves {variant.leases} requests now", param="level")
+        if variant.state in (State.BUILDING, State.LOADING, State.DRAINING):
+            raise Conflict(f"{variant.name} is {variant.state} now", param="level")
+        if variant.engine is not None:
+            await self._unload(variant)
+        if delete:
+            await variant.backend.delete(level)
+            stored = await variant.backend.stored(level)
+            variant.state = State.STORED if stored else State.ABSENT
+
+    def learned(self, model: str, levels: Iterable[str]) -> None:
+        """Another replica made these levels: they can be loaded from the shared cache."""
+        for level in levels:
+            variant = self._variants.get(model, {}).get(level)
+            if variant is not None and variant.state in (State.ABSENT, State.FAILED):
+                variant.state, variant.error = State.STORED, None
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _all(self) -> Iterable[_Variant]:
+        return [v for variants in self._variants.values() for v in variants.values()]
+
+    def _backend(self, model: str) -> Backend:
+        if model not in self._backends:
+            known = ", ".join(self._backends)
+            raise NotFound(
+                f"no model {model!r}; there is {known}", param="model", code="model_not_found"
+            )
+        return self._backends[model]
+
+    def _variant(self, model: str, level: str) -> _Variant:
+        self._backend(model)
+        variants = self._variants.get(model, {})
+        if level not in variants:
+            known = ", ".join(variants)
+            raise NotFound(
+                f"no level {level!r} of {model}; there is {known}",
+                param="model",
+                code="level_not_found",
+            )
+        return variants[level]
+
+    def _facts(self, variant: _Variant) -> LevelFacts:
+        return LevelFacts(
+            level=variant.spec.level,
+            family=variant.spec.family,
+            state=variant.state,
+            card=variant.backend.card(variant.spec.level),
+            stats=variant.engine.stats() if variant.engine is not None else _IDLE_STATS,
+            leases=variant.leases,
+            error=variant.error,
+            kv_bytes_per_token=variant.backend.kv_bytes_per_token,
+            max_running=variant.backend.max_running,
+        )
+
+    async def _acquire(self, variant: _Variant, wait_s: float) -> Engine:
+        """Count a lease on a ready engine. No await between seeing READY and counting."""
+        if variant.state is not State.READY:
+            await self._make_ready(variant, wait_s)
+        assert variant.engine is not None
+        variant.leases += 1
+        return variant.engine
+
+    async def _make_ready(self, variant: _Variant, wait_s: float) -> None:
+        """Drive the variant to READY. Returns only in the same loop step in which it is READY.
+
+        Raises:
+            Unavailable: it did not get there in time or cannot.
+        """
+        until = self._clock() + wait_s
+        while variant.state is not State.READY:
+            if self._closing:
+                raise Unavailable("the gateway is shutting down", retry_after=5.0)
+            task = self._next_step(variant)
+            # wait() leaves the task alone when this caller gives up or is cancelled
+            done, _ = await asyncio.wait({task}, timeout=max(0.0, until - self._clock()))
+            if not done:
+                raise Unavailable(
+                    f"{variant.name} is {variant.state} and was not ready in {wait_s:.0f} s",
+                    retry_after=self._eta(variant),
+                )
+            _reraise(task, variant.name)
+
+    def _next_step(self, variant: _Variant) -> asyncio.Task[None]:
+        """The task that brings the variant one state nearer to READY; started if there is none."""
+        if variant.state is State.FAILED:
+            waited = self._clock() - variant.failed_at
+            if waited < _RETRY_FAILED_AFTER:
+                raise Unavailable(
+                    f"{variant.name} failed: {variant.error}",
+                    retry_after=_RETRY_FAILED_AFTER - waited,
+                )
+        if variant.state in (State.ABSENT, State.FAILED, State.BUILDING):
+            return self._ensure_build(variant, "requested")
+        if variant.unloading is not None:
+            return variant.unloading
+        if variant.loading is None:
+            variant.state = State.LOADING
+            variant.loading = asyncio.create_task(self._load(variant), name=f"load {variant.name}")
+        return variant.loading
+
+    def _eta(self, variant: _Variant) -> float:
+        card: Card = variant.backend.card(variant.spec.level)
+        if variant.state is not State.BUILDING or variant.job_id is None:
+            return max(1.0, card.load_seconds)
+        job = self._board.get(variant.job_id)
+        return max(1.0, card.build_seconds * (1.0 - job.progress))
+
+    def _ensure_build(self, variant: _Variant, reason: str) -> asyncio.Task[None]:
+        if variant.building is None:
+            job = self._board.open(variant.backend.model, variant.spec.level)
+            log.info("building %s (%s)", variant.name, reason)
+            variant.state, variant.job_id, variant.error = State.BUILDING, job.id, None
+            variant.building = asyncio.create_task(
+                self._build(variant, job.id), name=f"build {variant.name}"
+            )
+        return variant.building
+
+    async def _build(self, variant: _Variant, job_id: str) -> None:
+        try:
+            async with self._build_turn:
+                self._board.start(job_id)
+                await variant.backend.build(
+                    variant.spec.level,
+                    lambda share, message: self._board.progress(job_id, share, message),
+                )
+            self._board.finish(job_id, JobState.DONE)
+            variant.state = State.STORED
+        except asyncio.CancelledError:
+            self._board.finish(job_id, JobState.CANCELLED)
+            variant.state = State.ABSENT
+            raise
+        except BuildFailed as error:
+            self._board.finish(job_id, JobState.FAILED, str(error))
+            self._mark_failed(variant, str(error))
+            raise
+        except Exception as error:
+            log.exception("building %s", variant.name)
+            self._board.finish(job_id, JobState.FAILED, "internal error; see the log")
+            self._mark_failed(variant, "internal error; see the log")
+            raise BuildFailed("internal error; see the log") from error
+        finally:
+            variant.building = None
+
+    async def _load(self, variant: _Variant) -> None:
+        try:
+            async with self._load_turn:
+                variant.resident_bytes = variant.backend.load_bytes(variant.spec.level)
+                await self._make_room(variant)
+                loaded = await variant.backend.load(variant.spec.level)
+            if loaded is None:
+                log.warning("%s is gone from the cache: it will be built again", variant.name)
+                variant.resident_bytes = 0
+                variant.state = State.ABSENT
+                return
+            variant.engine, variant.resident_bytes = loaded.engine, loaded.resident_bytes
+            variant.last_used = self._clock()
+            variant.state = State.READY
+            log.info("%s ready in %.2f s", variant.name, loaded.load_seconds)
+        except asyncio.CancelledError:
+            variant.resident_bytes, variant.state = 0, State.STORED
+            raise
+        except Overloaded:
+            variant.resident_bytes, variant.state = 0, State.STORED
+            raise
+        except Exception as error:
+            log.exception("loading %s", variant.name)
+            variant.resident_bytes = 0
+            self._mark_failed(variant, f"{type(error).__name__} while loading")
+            raise
+        finally:
+            variant.loading = None
+
+    async def _make_room(self, variant: _Variant) -> None:
+        """Unload idle variants, least recently used first, until `variant`'s bytes fit.
+
+        Raises:
+            Overloaded: what stays is leased and leaves no room.
+        """
+        while self.memory_used() > self._budget:
+            idle = [
+                other
+                for other in self._all()
+                if other.state is State.READY and not other.leases and other is not variant
+            ]
+            if not idle:
+                raise Overloaded(
+                    f"{variant.name} needs {variant.resident_bytes / 1e6:.0f} MB; "
+                    f"{self.memory_used() / 1e6:.0f} of {self._budget / 1e6:.0f} MB are in use",
+                    code="out_of_memory",
+                    retry_after=2.0,
+                )
+            await self._unload(min(idle, key=lambda other: other.last_used))
+
+    async def _unload(self, variant: _Variant) -> None:
+        """Free an unleased engine; whoever wants the level meanwhile waits for the task."""
+        variant.state = State.DRAINING
+        variant.unloading = asyncio.create_task(self._drain(variant))
+        await asyncio.shield(variant.unloading)
+
+    async def _drain(self, variant: _Variant) -> None:
+        assert variant.engine is not None
+        try:
+            await variant.engine.close()
+        finally:
+            variant.engine, variant.unloading = None, None
+            variant.resident_bytes, variant.state = 0, State.STORED
+
+    def _fail(self, variant: _Variant, why: str) -> None:
+        """An engine died under a request: drop it; the next request loads it afresh."""
+        if variant.engine is None:
+            return
+        log.error("%s: %s", variant.name, why)
+        engine, variant.engine = variant.engine, None
+        variant.resident_bytes, variant.state, variant.error = 0, State.STORED, why
+        closing = asyncio.get_running_loop().create_task(engine.close())
+        closing.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def _mark_failed(self, variant: _Variant, why: str) -> None:
+        variant.state, variant.error, variant.failed_at = State.FAILED, why, self._clock()
+
+
+def _reraise(task: asyncio.Task[None], name: str) -> None:
+    """Turn a failed step into what a caller can act on."""
+    if task.cancelled():
+        raise Unavailable(f"{name}: the work was cancelled", retry_after=1.0)
+    error = task.exception()
+    if error is None:
+        return
+    if isinstance(error, PressgateError):
+        raise error
+    raise Unavailable(
+        f"{name} cannot be had: {error}" if isinstance(error, BuildFailed) else f"{name} failed",
+        retry_after=_RETRY_FAILED_AFTER,
+    ) from error

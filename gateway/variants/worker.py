@@ -1,0 +1,66 @@
+"""The build worker: `python -m gateway.variants.worker`, one `BuildSpec` on stdin, JSON lines out.
+
+Lines are `{"progress": share, "message": text}` and at the end either a result object or
+`{"error": text}`. The process lowers its priority and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import signal
+import sys
+from typing import Any, BinaryIO
+
+import orjson
+
+from gateway.variants.spec import BuildSpec
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> int:
+    """Do the build; 0 when a result or an orderly error was written."""
+    out = _take_stdout()
+    spec = BuildSpec.model_validate_json(sys.stdin.buffer.read())
+    _be_humble(spec.nice, spec.threads)
+
+    def say(message: dict[str, Any]) -> None:
+        out.write(orjson.dumps(message) + b"\n")
+        out.flush()
+
+    def progress(share: float, message: str) -> None:
+        say({"progress": share, "message": message})
+
+    progress(0.0, "loading libraries")
+    # Imported here: torch reads the thread limits set above.
+    from cache.errors import CacheError
+    from compressors.base import CompressionError
+    from gateway.variants.build import build
+
+    try:
+        say(build(spec, progress))
+    except (CompressionError, CacheError, OSError, MemoryError, ValueError) as error:
+        logging.getLogger(__name__).exception("build of %s", spec.level)
+        say({"error": f"{type(error).__name__}: {error}"})
+    return 0
+
+
+def _take_stdout() -> BinaryIO:
+    """Keep stdout for our lines; whatever libraries print goes to stderr."""
+    out = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    return out
+
+
+def _be_humble(nice: int, threads: int) -> None:
+    """Lowest priority, few threads, and no life after the parent's."""
+    os.nice(nice)
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
