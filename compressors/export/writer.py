@@ -1,0 +1,225 @@
+"""A complete Hugging Face folder in AutoGPTQ's format, from a compressed model in memory.
+
+Owns the files' names and configs; the tensor layout is `autogptq_format`'s. Written into a
+temporary folder beside the target and moved into place, so a folder that exists is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compressors.export.autogptq_format import (
+    GptqFormatError,
+    Version,
+    needs_v2,
+    to_gptq,
+)
+from compressors.export.model import CompressedModel
+from compressors.model import build_skeleton, is_transposed, linears
+from compressors.tensor import Dense, Grouped, LinearForm
+
+SHARD_BYTES = 4 * 2**30
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+_BLOCK = re.compile(r"^(.*?\.)\d+\.")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What all the quantized linears of a checkpoint share."""
+
+    bits: int
+    group_size: int
+    symmetric: bool
+    act_order: bool
+    version: Version
+
+
+def write_gptq(
+    folder: str | Path,
+    model: CompressedModel,
+    *,
+    tokenizer_from: str | Path | None = None,
+    damp_percent: float = 0.01,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write `model` as a checkpoint that AutoGPTQ, GPTQModel, transformers and vLLM load.
+
+    Codes, zero points and plain tensors are kept exactly; scales are rounded to float16. The first
+    version of the format is used unless a zero point is 0, then `gptq_v2`.
+
+    Args:
+        folder: must not exist yet.
+        tokenizer_from: folder whose tokenizer files are copied along.
+        damp_percent: dampening that GPTQ ran with; recorded for readers that ask for it.
+        shard_bytes: largest size of one file (a single larger tensor still makes one file).
+
+    Raises:
+        GptqFormatError: a form or a mix of forms that the format cannot hold; names the module.
+        FileExistsError: the folder exists.
+    """
+    target = Path(folder)
+    if target.exists():
+        raise FileExistsError(f"{target} exists")
+    layout = _layout(model.forms)
+    config = dict(model.config)
+    config["quantization_config"] = settings = _settings(model, layout, damp_percent)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
+        draft = Path(scratch) / target.name
+        draft.mkdir()
+        _write_json(draft / "config.json", config)
+        _write_json(draft / "quantize_config.json", settings)
+        _write_shards(draft, _named_tensors(model, layout), shard_bytes)
+        if tokenizer_from is not None:
+            _copy_tokenizer(Path(tokenizer_from), draft)
+        draft.rename(target)
+    return target
+
+
+def _layout(forms: Mapping[str, LinearForm]) -> _Layout:
+    grouped: dict[str, Grouped] = {}
+    for module, form in forms.items():
+        if isinstance(form, Grouped):
+            grouped[module] = form
+        elif not isinstance(form, Dense):
+            raise GptqFormatError(f"{module}: a {form.scheme} weight has no GPTQ form")
+    if not grouped:
+        raise GptqFormatError("no linear is quantized in groups; nothing to write as GPTQ")
+    first, head = next(iter(grouped.items()))
+    per_channel = all(form.group >= form.shape[1] for form in grouped.values())
+    # A layer narrower than the group is one group: the widest group is the checkpoint's.
+    group = max(form.group for form in grouped.values())
+    for module, form in grouped.items():
+        if form.bits != head.bits:
+            raise GptqFormatError(
+                f"{module}: {form.bits} bits, but {first} has {head.bits}; the format has one width"
+            )
+        if not per_channel and form.group != min(group, form.shape[1]):
+            raise GptqFormatError(
+                f"{module}: groups of {form.group}, others of {group}; the format has one size"
+            )
+    return _Layout(
+        bits=head.bits,
+        group_size=-1 if per_channel else group,
+        symmetric=all(form.symmetric for form in grouped.values()),
+        act_order=any(form.perm is not None for form in grouped.values()),
+        version="gptq_v2" if any(needs_v2(form) for form in grouped.values()) else "gptq",
+    )
+
+
+def _settings(model: CompressedModel, layout: _Layout, damp_percent: float) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "bits": layout.bits,
+        "group_size": layout.group_size,
+        "damp_percent": damp_percent,
+        "desc_act": layout.act_order,
+        "static_groups": False,
+        "sym": layout.symmetric,
+        "true_sequential": True,
+        "lm_head": False,
+        "model_name_or_path": None,
+        "model_file_base_name": None,
+        "is_marlin_format": False,
+        "quant_method": "gptq",
+        "checkpoint_format": layout.version,
+        "pack_dtype": "int32",
+    }
+    if skipped := _unquantized(model):
+        # GPTQModel's and vLLM's word for "this linear is stored as it was".
+        settings["dynamic"] = {f"-:^{re.escape(module)}$": {} for module in skipped}
+    return settings
+
+
+def _unquantized(model: CompressedModel) -> list[str]:
+    """Linears inside the quantized blocks whose weight is plain; loaders expect them packed."""
+    packed = {module for module, form in model.forms.items() if isinstance(form, Grouped)}
+    blocks = {match[1] for module in packed if (match := _BLOCK.match(module))}
+    plain = [module for module in model.forms if module not in packed]
+    for name, tensor in model.tensors.items():
+        match = _BLOCK.match(name)
+        if match and match[1] in blocks and tensor.ndim == 2 and name.endswith(".weight"):
+            plain.append(name.removesuffix(".weight"))
+    return sorted(plain)
+
+
+def _named_tensors(model: CompressedModel, layout: _Layout) -> Iterator[tuple[str, Tensor]]:
+    yield from model.tensors.items()
+    transposed = {n for n, m in linears(build_skeleton(model.config)) if is_transposed(m)}
+    for module, form in model.forms.items():
+        if isinstance(form, Dense):
+            yield f"{module}.weight", form.weight.t() if module in transposed else form.weight
+            continue
+        assert isinstance(form, Grouped)  # _layout refused the others
+        try:
+            tensors = to_gptq(form, layout.version)
+        except GptqFormatError as error:
+            raise GptqFormatError(f"{module}: {error}") from error
+        assert tensors.g_idx is not None
+        yield f"{module}.qweight", tensors.qweight
+        yield f"{module}.qzeros", tensors.qzeros
+        yield f"{module}.scales", tensors.scales
+        yield f"{module}.g_idx", tensors.g_idx
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
+    """One `model.safetensors`, or numbered shards with an index; one shard in memory at a time."""
+    shards: list[list[str]] = []
+    total = 0
+
+    def flush(pending: dict[str, Tensor]) -> None:
+        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(pending))
+
+    pending: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if pending and size + nbytes > shard_bytes:
+            flush(pending)
+            pending, size = {}, 0
+        pending[name] = tensor.detach().cpu().contiguous()
+        size += nbytes
+        total += nbytes
+    flush(pending)
+    if len(shards) == 1:
+        (folder / "shard-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(shards):
+        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{index}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
