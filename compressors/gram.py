@@ -1,0 +1,70 @@
+"""The second moment of a layer's inputs, XᵀX: the statistic GPTQ and whitened SVD share.
+
+Pure tensors. Products are taken in float32 and kept as a mean, so that neither size nor number of
+tokens can overflow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Gram:
+    """Running mean of xxᵀ over tokens: `matrix` float32 [K, K]; `tokens` seen so far."""
+
+    matrix: Tensor
+    tokens: int = 0
+
+
+def empty(in_features: int, device: torch.device | str = "cpu") -> Gram:
+    """A statistic that has seen nothing."""
+    return Gram(torch.zeros(in_features, in_features, device=device))
+
+
+def accumulate(gram: Gram, x: Tensor) -> None:
+    """Add the rows of x [..., K], any float dtype, in place."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    total = gram.tokens + rows.shape[0]
+    if not total:
+        return
+    gram.matrix.mul_(gram.tokens / total).addmm_(rows.t(), rows, alpha=1.0 / total)
+    gram.tokens = total
+
+
+def project(gram: Gram, right: Tensor) -> Gram:
+    """Statistic of `right @ x` [r] where `gram` is that of x [K]: R G Rᵀ, right is [r, K]."""
+    r = right.float()
+    return Gram(r @ gram.matrix @ r.t(), gram.tokens)
+
+
+def damped(gram: Gram, share: float) -> Tensor:
+    """A copy with `share` of the mean diagonal added to the diagonal: positive definite.
+
+    Columns that no token ever used get the mean too, or 1 when nothing was used at all.
+    """
+    matrix = gram.matrix.clone()
+    mean = float(matrix.diagonal().mean())
+    dead = matrix.diagonal() <= 0
+    matrix.diagonal().add_(share * mean if mean > 0 else 1.0)
+    matrix.diagonal()[dead] = mean if mean > 0 else 1.0
+    return matrix
+
+
+def cholesky(gram: Gram, share: float, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Lower Cholesky factor of the damped matrix, damped tenfold more until it succeeds.
+
+    Raises:
+        ValueError: the matrix is not finite.
+    """
+    if not bool(torch.isfinite(gram.matrix).all()):
+        raise ValueError("the calibration inputs are not finite")
+    while True:
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex(damped(gram, share).to(dtype))
+        if not int(info):
+            return factor
+        share = max(share * 10, 1e-6)

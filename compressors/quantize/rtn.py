@@ -1,0 +1,71 @@
+"""Round to nearest: the uniform grid every quantizer here shares, and the plainest use of it.
+
+Per group of weights w with bits b, asymmetric (Jacob et al. 2017, arXiv:1712.05877, eqs. 1–3):
+
+    s = (max(w, 0) − min(w, 0)) / (2ᵇ − 1),   z = round(−min(w, 0) / s),   q = clip(round(w/s) + z)
+
+Symmetric: s = max|w| / (2ᵇ⁻¹ − 1), z = 2ᵇ⁻¹. Pure tensors; needs no calibration.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from compressors.tensor import Grouped
+
+_TINY = 2.0**-24  # the smallest positive float16
+
+
+def solve(
+    weight: Tensor, statistic: None = None, *, bits: int, group: int, symmetric: bool = False
+) -> Grouped:
+    """Quantize weight [N, K] (float32) in groups of `group` columns; the last may be short."""
+    lo, hi = group_range(weight, group)
+    scales, zeros = grid(lo, hi, bits, symmetric)
+    index = torch.arange(weight.shape[1], device=weight.device) // group
+    codes = encode(weight, scales[:, index], zeros[:, index], bits)
+    return Grouped(codes, scales, zeros, bits, group)
+
+
+def group_range(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of every group, each [N, G]."""
+    groups = by_group(weight, group)
+    return groups.amin(-1), groups.amax(-1)
+
+
+def by_group(weight: Tensor, group: int) -> Tensor:
+    """[N, K] → [N, G, group]; a short last group is filled up by repeating its last column."""
+    columns = weight.shape[1]
+    count = math.ceil(columns / group)
+    if count * group != columns:
+        index = torch.arange(count * group, device=weight.device).clamp_(max=columns - 1)
+        weight = weight[:, index]
+    return weight.reshape(weight.shape[0], count, group)
+
+
+def grid(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zeros (float32, shape of lo) of the grids that span [lo, hi] and contain 0.
+
+    Scales are rounded to float16 numbers, so that kernels may store them in 16 bits without loss.
+    """
+    lo, hi = lo.clamp(max=0), hi.clamp(min=0)
+    if symmetric:
+        scales = round_scale(torch.maximum(-lo, hi) / (2 ** (bits - 1) - 1))
+        return scales, torch.full_like(scales, 2 ** (bits - 1))
+    scales = round_scale((hi - lo) / (2**bits - 1))
+    zeros = torch.round(-lo / scales).clamp_(0, 2**bits - 1)
+    return scales, zeros
+
+
+def round_scale(scales: Tensor) -> Tensor:
+    """Nearest positive float16 number, as float32; 1 for a group of zeros."""
+    rounded = scales.to(torch.float16).float().clamp_(_TINY, 65504.0)
+    return torch.where(scales > 0, rounded, torch.ones_like(rounded))
+
+
+def encode(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
+    """Nearest codes, uint8; scales and zeros broadcast against weight. Zeros may be fractional."""
+    return torch.round(weight / scales + zeros).clamp_(0, 2**bits - 1).to(torch.uint8)
