@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Objective = Literal["quality", "latency", "memory", "throughput"]
 OnMiss = Literal["wait", "nearest", "reject"]
+
+HARD: Final = frozenset({"memory_mb", "max_ppl_ratio", "min_agreement"})  # never traded for another
+Bounds = tuple[tuple[str, float], ...]
 
 _Millis = Annotated[float, Field(gt=0, le=3_600_000, allow_inf_nan=False)]
 
@@ -41,6 +46,11 @@ class Budget(BaseModel):
                 merged[name] = min(mine, theirs) if name in low else max(mine, theirs)
         return Budget(**merged)
 
+    def bounds(self) -> Bounds:
+        """The bounds that are set, as (field, value), in field order."""
+        pairs = ((name, getattr(self, name)) for name in Budget.model_fields)
+        return tuple((name, value) for name, value in pairs if value is not None)
+
 
 class Sla(Budget):
     """The `sla` field of a request: a budget plus which policy, objective and miss rule to use."""
@@ -48,3 +58,34 @@ class Sla(Budget):
     policy: Annotated[str, Field(max_length=64)] | None = None
     objective: Objective | None = None
     on_miss: OnMiss | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a request costs, predicted or measured; fields named after the bounds they answer to.
+
+    None: not known (e.g. no time per output token for a one-token answer); it breaks no bound.
+    """
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    latency_ms: float | None = None
+    memory_mb: float | None = None
+    max_ppl_ratio: float | None = None
+    min_agreement: float | None = None
+
+
+def excess(bounds: Iterable[tuple[str, float]], costs: Costs) -> dict[str, float]:
+    """The bounds that `costs` breaks, each with how far beyond it is, relative to the bound.
+
+    Empty means every bound is kept: a measured answer with no excess has met its budget.
+    """
+    broken: dict[str, float] = {}
+    for name, bound in bounds:
+        value = getattr(costs, name)
+        if value is None:
+            continue
+        over = bound - value if name == "min_agreement" else value - bound
+        if over > 0:
+            broken[name] = over / bound
+    return broken
