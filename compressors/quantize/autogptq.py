@@ -1,8 +1,8 @@
 """GPTQ (Frantar et al., arXiv:2210.17323) by the auto-gptq 0.7.1 package itself, an optional extra.
 
 Unlike the other methods this one does a whole model at once: the package quantizes and packs; its
-checkpoint is read back by `export.reader`, so what is served is exactly what it wrote. Dense weights
-are held in memory while it runs. `quantize/gptq.py` is our own, layer by layer.
+checkpoint is read back by `export.reader`, so what is served is exactly what it wrote. The dense
+weights are in memory while it runs. `quantize/gptq.py` is our own, layer by layer.
 
 The scheme is symmetric: the package packs an asymmetric zero point of 0 into its neighbours' bits.
 """
