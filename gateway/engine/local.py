@@ -1,0 +1,237 @@
+"""The local runtime: one engine thread for all variants of the process, and its asyncio face.
+
+The thread owns `Core` alone; the event loop sends it commands through a queue and gets tokens back,
+one `call_soon_threadsafe` per step. Models are built in a loader thread (one torch thread), so that
+neither the loop nor decoding waits for a load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import Empty, SimpleQueue
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gateway.engine.base import (
+    EngineError,
+    EngineFailed,
+    EngineStats,
+    GenerationRequest,
+    TokenEvent,
+)
+from gateway.engine.core import Core, Event, Job, LocalOptions
+from gateway.engine.grammar import Grammars
+from gateway.engine.runner import Model, VariantWeights, build_model
+from gateway.engine.tokenizer import Tokenizer
+
+__all__ = ["LocalEngine", "LocalOptions", "LocalRuntime"]
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+_Outbox = asyncio.Queue[TokenEvent | EngineError]
+
+
+class LocalRuntime:
+    """Owner of the engine thread. Create, load and close it on one event loop."""
+
+    def __init__(self, options: LocalOptions) -> None:
+        self.options = options
+        self._core = Core(options)
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._streams: dict[Job, tuple[asyncio.AbstractEventLoop, _Outbox]] = {}
+        self._stats: dict[str, EngineStats] = {}
+        self._kv_bytes = 0
+        self._stopping = False
+        self._loader = ThreadPoolExecutor(
+            1, "pressgate-loader", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        self._thread = threading.Thread(target=self._main, name="pressgate-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes that the KV pools take now."""
+        return self._kv_bytes
+
+    async def load(self, name: str, weights: VariantWeights, tokenizer: Tokenizer) -> LocalEngine:
+        """Build a variant and make it ready.
+
+        Raises:
+            ModelError: it cannot be built, or the name is taken.
+            Unavailable: the KV budget has no room for it.
+        """
+        loop = asyncio.get_running_loop()
+        model = await loop.run_in_executor(
+            self._loader, lambda: build_model(weights, device=self.options.device)
+        )
+        await self._ask(lambda: self._deliver(self._core.attach(name, model, tokenizer)))
+        return LocalEngine(self, name, model, tokenizer)
+
+    async def close(self) -> None:
+        """Stop the thread; sequences still running fail. Idempotent."""
+        if not self._stopping:
+            self._inbox.put(self._stop)
+        await asyncio.to_thread(self._thread.join)
+        self._loader.shutdown(wait=False)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    async def _ask(self, call: Callable[[], T]) -> T:
+        """Run `call` in the engine thread, between two steps."""
+        answer: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(call())
+            except BaseException as error:
+                answer.set_exception(error)
+
+        self._inbox.put(run)
+        if not self._thread.is_alive():
+            raise EngineFailed("the engine is closed")
+        return await asyncio.wrap_future(answer)
+
+    def _submit(self, job: Job, outbox: _Outbox) -> None:
+        loop = asyncio.get_running_loop()
+
+        def run() -> None:
+            self._streams[job] = (loop, outbox)
+            try:
+                self._core.submit(job)
+            except EngineError as error:
+                self._deliver([(job, error)])
+
+        self._inbox.put(run)
+
+    def _cancel(self, job: Job) -> None:
+        def run() -> None:
+            if self._streams.pop(job, None) is not None:
+                self._core.cancel(job)
+
+        self._inbox.put(run)
+
+    def _main(self) -> None:
+        torch.set_num_threads(self.options.threads)
+        try:
+            while not self._stopping:
+                self._obey()
+                self._deliver(self._core.step())
+        except Exception:
+            log.exception("the engine thread died")
+        finally:
+            self._stopping = True
+            failure = EngineFailed("the engine is closed")
+            self._deliver([(job, failure) for job in list(self._streams)])
+            while not self._inbox.empty():  # commands that came too late
+                self._inbox.get()()
+
+    def _obey(self) -> None:
+        """Carry out all commands; with nothing to compute, sleep until one comes."""
+        try:
+            command = self._inbox.get(block=not self._core.busy)
+            while True:
+                command()
+                command = self._inbox.get_nowait()
+        except Empty:
+            self._publish()
+
+    def _publish(self) -> None:
+        self._kv_bytes = self._core.kv_bytes
+        self._stats = {name: self._core.stats(name) for name in self._core.names}
+
+    def _deliver(self, events: list[Event]) -> None:
+        """Hand events to their loops, one call per loop."""
+        batches: dict[asyncio.AbstractEventLoop, list[tuple[_Outbox, TokenEvent | EngineError]]]
+        batches = {}
+        for job, event in events:
+            last = isinstance(event, EngineError) or event.finish_reason is not None
+            stream = self._streams.pop(job, None) if last else self._streams.get(job)
+            if stream is not None:
+                batches.setdefault(stream[0], []).append((stream[1], event))
+        for loop, batch in batches.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_all, batch)
+
+
+def _put_all(batch: list[tuple[_Outbox, TokenEvent | EngineError]]) -> None:
+    for outbox, event in batch:
+        outbox.put_nowait(event)
+
+
+class LocalEngine:
+    """One loaded variant; implements `gateway.engine.base.Engine`."""
+
+    def __init__(
+        self, runtime: LocalRuntime, name: str, model: Model, tokenizer: Tokenizer
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.context_length = model.context_length
+        self.resident_bytes = model.resident_bytes
+        self._vocab_size = model.vocab_size
+        self._runtime = runtime
+        self._grammars = Grammars(tokenizer, model.vocab_size)
+        self._closed = False
+
+    async def generate(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
+        """Generate; see `Engine.generate`.
+
+        Raises:
+            BadSchema: before anything runs.
+            EngineOverloaded, EngineFailed.
+        """
+        if not all(0 <= token < self._vocab_size for token in request.prompt):
+            raise EngineFailed("the prompt has tokens that the model does not know")
+        schema = request.sampling.json_schema
+        matcher = (
+            None if schema is None else await asyncio.to_thread(self._grammars.compile, schema)
+        )
+        if self._closed or self._runtime._stopping:
+            raise EngineFailed(f"{self.name} is closed")
+        job = Job(self.name, request, self.tokenizer, matcher)
+        outbox: _Outbox = asyncio.Queue()
+        self._runtime._submit(job, outbox)
+        over = False
+        try:
+            while not over:
+                event = await outbox.get()
+                if isinstance(event, EngineError):
+                    over = True
+                    raise event
+                over = event.finish_reason is not None
+                yield event
+        finally:
+            if not over:
+                self._runtime._cancel(job)
+
+    def stats(self) -> EngineStats:
+        """As of the last step."""
+        return self._runtime._stats.get(self.name, EngineStats())
+
+    async def logits_for(self, windows: Tensor) -> Tensor:
+        """fp32 logits [n, length, vocab] of token windows (int64 [n, length]), computed in full.
+
+        Row by row between steps, so that decoding goes on meanwhile.
+        """
+        core, name = self._runtime._core, self.name
+        parts = [
+            await self._runtime._ask(lambda row=row: core.logits(name, row[None]))  # type: ignore[misc]
+            for row in windows
+        ]
+        return torch.cat(parts)
+
+    async def close(self) -> None:
+        """Stop its sequences (they fail) and free its memory. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        runtime = self._runtime
+        if not runtime._stopping:
+            await runtime._ask(lambda: runtime._deliver(runtime._core.detach(self.name)))

@@ -1,0 +1,326 @@
+"""From a variant's tensors to logits: builds the model, prepares a step's inputs, runs it.
+
+Model code is transformers' own; attention is `gateway.engine.attention`, compressed linears come from
+`gateway.engine.kernels`. Owns a model and the input buffers of its steps; decides nothing about which
+tokens run (`scheduler`) or which token is picked (`sampler`). One thread at a time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.base import CompressionError
+from compressors.model import build_skeleton, set_tensor
+from compressors.tensor import StoredLinear
+from gateway.engine import attention
+from gateway.engine.attention import KVPool, Layout, Mode, Segment, Slot, Step
+from gateway.engine.kernels.linear import make_linear
+from gateway.engine.scheduler import Chunk
+from gateway.engine.scheduler import Sequence as Tokens
+from gateway.errors import ModelError
+
+_UNLIMITED_CONTEXT = 4096  # for a config that names no limit
+_SERIES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_CONTEXT_STEP = 64  # tokens; context buckets are this times the series
+
+
+@dataclass(frozen=True)
+class VariantWeights:
+    """A variant's content, as an artifact holds it.
+
+    Attributes:
+        config: the transformers config (JSON).
+        tensors: parameter name → tensor, mapped from a file and never written to.
+        linears: module name → compressed weight; its bias, if any, is in `tensors`.
+        dtype: of the computation.
+    """
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    linears: Mapping[str, StoredLinear]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Model:
+    """A built model: transformers' module with our attention slots.
+
+    Attributes:
+        context_length: most tokens of prompt and output together.
+        resident_bytes: of all its tensors, those shared with other variants included.
+    """
+
+    module: nn.Module
+    step: Step
+    slots: tuple[Slot, ...]
+    layout: Layout
+    context_length: int
+    vocab_size: int
+    resident_bytes: int
+
+
+def build_model(weights: VariantWeights, *, device: str = "cpu") -> Model:
+    """Assemble a variant: skeleton, compressed linears, plain tensors; then learn its attention.
+
+    Plain tensors that already have the compute dtype are used as they are (pages of the file).
+
+    Raises:
+        ModelError: the architecture is not supported, or tensors are missing or misshapen.
+    """
+    attention.register()
+    try:
+        module = build_skeleton(
+            weights.config, attn_implementation=attention.NAME, dtype=weights.dtype
+        )
+    except CompressionError as error:
+        raise ModelError(str(error)) from error
+    _check_config(module.config)
+    _put_linears(module, weights)
+    _put_tensors(module, weights)
+    module.to(device)
+    # A pad token makes GPT-2 look at its input on every step; nothing here pads with it.
+    module.config.pad_token_id = None
+    step = Step()
+    slots = tuple(attention.install(module, step))
+    vocab_size = _probe(module, slots, device)
+    shapes = tuple(slot.shape for slot in slots if slot.shape is not None)
+    config = module.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or _UNLIMITED_CONTEXT
+    return Model(
+        module=module,
+        step=step,
+        slots=slots,
+        layout=Layout(shapes, weights.dtype),
+        context_length=int(limit),
+        vocab_size=vocab_size,
+        resident_bytes=_resident_bytes(module),
+    )
+
+
+@torch.inference_mode()
+def forward_logits(model: Model, windows: Tensor) -> Tensor:
+    """fp32 logits [n, length, vocab] of whole windows (int64 [n, length]) without the KV pool."""
+    model.step.mode = Mode.FULL
+    device = next(model.module.parameters()).device
+    positions = torch.arange(windows.shape[1], device=device).expand(windows.shape[0], -1)
+    return _logits(model.module, windows.to(device), positions, 0).float()
+
+
+class Runner:
+    """Runs a model's steps on a KV pool."""
+
+    def __init__(self, model: Model, pool: KVPool, *, max_batch: int) -> None:
+        self.model = model
+        self._size = pool.block_size
+        self._device = pool.keys[0].device
+        self._batches = _buckets(max_batch)
+        per_step = max(1, _CONTEXT_STEP // self._size)
+        blocks = -(-model.context_length // self._size)
+        self._contexts = [n * per_step for n in _buckets(-(-blocks // per_step))]
+        batch, context = self._batches[-1], self._contexts[-1]
+        make = {"dtype": torch.long, "device": self._device}
+        self._ids = torch.zeros(batch, 1, **make)
+        self._positions = torch.zeros(batch, 1, **make)
+        self._writes = torch.zeros(batch, **make)
+        self._tables = torch.zeros(batch * context, **make)
+        self._columns = torch.arange(context * self._size, device=self._device)
+        windows = model.step.windows
+        self._masks = [
+            torch.zeros(batch * context * self._size, dtype=model.layout.dtype, device=self._device)
+            for _ in windows
+        ]
+        self.bind(pool)
+
+    def bind(self, pool: KVPool) -> None:
+        """Use (another) pool of the model's layout."""
+        for slot, keys, values in zip(self.model.slots, pool.keys, pool.values, strict=True):
+            slot.keys, slot.values = keys, values
+
+    @torch.inference_mode()
+    def decode(self, batch: Sequence[Tokens]) -> Tensor:
+        """Compute the last token of every sequence; fp32 logits [batch, vocab] of what follows."""
+        rows = self._batches[bisect_left(self._batches, len(batch))]
+        longest = max(len(seq.tokens) for seq in batch)
+        context = self._contexts[bisect_left(self._contexts, -(-longest // self._size))]
+        self._stage(batch, rows, context)
+        step = self.model.step
+        step.mode = Mode.DECODE
+        logits = _logits(self.model.module, self._ids[:rows], self._positions[:rows], 0)
+        return logits[: len(batch), 0].float()
+
+    @torch.inference_mode()
+    def prefill(self, chunks: Sequence[Chunk], every: Sequence[bool]) -> list[Tensor]:
+        """Compute chunks; for each the fp32 logits [n, vocab] after its last token.
+
+        Args:
+            every: per chunk, whether the logits after all its tokens are wanted.
+        """
+        ids, positions, writes, keep = [], [], [], []
+        segments, counts = [], []
+        begin = 0
+        for chunk, all_logits in zip(chunks, every, strict=True):
+            stop = chunk.start + chunk.length
+            blocks = chunk.seq.blocks
+            ids += chunk.seq.tokens[chunk.start : stop]
+            positions += range(chunk.start, stop)
+            writes += [
+                blocks[at // self._size] * self._size + at % self._size
+                for at in range(chunk.start, stop)
+            ]
+            segments.append(self._segment(chunk, begin))
+            begin += chunk.length
+            kept = chunk.length if all_logits else 1
+            counts.append(kept)
+            keep += range(begin - kept, begin)
+        step = self.model.step
+        step.mode, step.segments, step.writes = Mode.PREFILL, segments, self._tensor(writes)
+        logits = _logits(
+            self.model.module,
+            self._tensor(ids)[None],
+            self._tensor(positions)[None],
+            self._tensor(keep),
+        )
+        return list(logits[0].float().split(counts))
+
+    def _stage(self, batch: Sequence[Tokens], rows: int, context: int) -> None:
+        """Fill the decode buffers; padding rows write to and read from the scratch block."""
+        size, pad = self._size, rows - len(batch)
+        last = [len(seq.tokens) - 1 for seq in batch] + [0] * pad
+        writes = [
+            seq.blocks[at // size] * size + at % size for seq, at in zip(batch, last, strict=False)
+        ]
+        tables = torch.zeros(rows, context, dtype=torch.long)
+        for row, seq in zip(tables, batch, strict=False):
+            row[: len(seq.blocks)] = torch.tensor(seq.blocks)
+        positions = torch.tensor(last)[:, None]
+        self._ids[:rows] = torch.tensor([seq.tokens[-1] for seq in batch] + [0] * pad)[:, None]
+        self._positions[:rows] = positions
+        self._writes[:rows] = torch.tensor(writes + [0] * pad)
+        self._tables[: rows * context] = tables.view(-1)
+        step = self.model.step
+        step.writes = self._writes[:rows]
+        step.tables = self._tables[: rows * context]
+        length = context * size
+        behind = self._positions[:rows] - self._columns[:length]
+        step.masks = []
+        for window, buffer in zip(step.windows, self._masks, strict=True):
+            hidden = behind < 0
+            if window is not None:
+                hidden |= behind >= window
+            mask = buffer[: rows * length].view(rows, 1, 1, length)
+            mask.zero_().masked_fill_(hidden[:, None, None], float("-inf"))
+            step.masks.append(mask)
+
+    def _segment(self, chunk: Chunk, begin: int) -> Segment:
+        stop = chunk.start + chunk.length
+        positions = torch.arange(chunk.start, stop, device=self._device)
+        masks = [
+            None
+            if chunk.start == 0 and (window is None or stop <= window)
+            else attention.allowed(positions, stop, window)
+            for window in self.model.step.windows
+        ]
+        blocks = self._tensor(chunk.seq.blocks[: -(-stop // self._size)])
+        return Segment(begin, begin + chunk.length, chunk.start, blocks, masks)
+
+    def _tensor(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self._device)
+
+
+def _logits(module: nn.Module, ids: Tensor, positions: Tensor, keep: int | Tensor) -> Tensor:
+    out = module(
+        input_ids=ids,
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=keep,
+        return_dict=True,
+    )
+    logits: Tensor = out.logits
+    return logits
+
+
+def _buckets(most: int) -> list[int]:
+    """The series up to the first number that covers `most`."""
+    if most > _SERIES[-1]:
+        return [*_SERIES, *range(_SERIES[-1] * 2, most + _SERIES[-1], _SERIES[-1])]
+    return list(_SERIES[: bisect_left(_SERIES, most) + 1])
+
+
+def _check_config(config: Any) -> None:
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ModelError(f"layers of type {', '.join(sorted(kinds))} are not supported")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError("encoder-decoder models are not supported")
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise ModelError("layers that share keys and values are not supported")
+
+
+def _put_linears(module: nn.Module, weights: VariantWeights) -> None:
+    for name, stored in weights.linears.items():
+        parent, _, leaf = name.rpartition(".")
+        try:
+            old = module.get_submodule(name)
+        except AttributeError as error:
+            raise ModelError(f"the model has no linear {name}") from error
+        bias = (
+            weights.tensors.get(f"{name}.bias") if getattr(old, "bias", None) is not None else None
+        )
+        if getattr(old, "bias", None) is not None and bias is None:
+            raise ModelError(f"no tensor for parameter {name}.bias")
+        try:
+            new = make_linear(stored, bias, dtype=weights.dtype)
+        except (ValueError, KeyError) as error:
+            raise ModelError(f"{name}: {error}") from error
+        setattr(module.get_submodule(parent), leaf, new)
+
+
+def _put_tensors(module: nn.Module, weights: VariantWeights) -> None:
+    """Fill what is still on the meta device, and persistent buffers that are stored."""
+    stored_buffers = set(module.state_dict(keep_vars=True)) & set(dict(module.named_buffers()))
+    for name, parameter in _unfilled(module):
+        tensor = weights.tensors.get(name)
+        if tensor is None:
+            raise ModelError(f"no tensor for parameter {name}")
+        if tensor.shape != parameter.shape:
+            raise ModelError(
+                f"{name} has shape {list(tensor.shape)}, the config says {list(parameter.shape)}"
+            )
+        set_tensor(module, name, tensor.to(weights.dtype) if tensor.is_floating_point() else tensor)
+    for name in stored_buffers:
+        if name in weights.tensors and not name.rpartition(".")[0] in weights.linears:
+            set_tensor(module, name, weights.tensors[name])
+
+
+def _unfilled(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters on the meta device; tied ones once."""
+    return ((n, p) for n, p in list(module.named_parameters()) if p.is_meta)
+
+
+@torch.inference_mode()
+def _probe(module: nn.Module, slots: Sequence[Slot], device: str) -> int:
+    """Run one token to learn every layer's heads and windows; returns the vocabulary size."""
+    one = torch.zeros(1, 1, dtype=torch.long, device=device)
+    try:
+        logits = _logits(module, one, one, 0)
+    except (attention.UnsupportedAttention, TypeError, NotImplementedError) as error:
+        raise ModelError(f"{type(module).__name__} cannot be served: {error}") from error
+    text: Any = module.config
+    layers = text.get_text_config().num_hidden_layers
+    if len(slots) != layers or any(slot.shape is None for slot in slots):
+        raise ModelError(f"{type(module).__name__} does not use the attention interface everywhere")
+    return int(logits.shape[-1])
+
+
+def _resident_bytes(module: nn.Module) -> int:
+    tensors = [*module.parameters(), *module.buffers()]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    whole = sum(storages.values())
+    return min(whole, sum({t.data_ptr(): t.nbytes for t in tensors}.values()))
