@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Final, Literal
@@ -86,6 +87,6 @@ def excess(bounds: Iterable[tuple[str, float]], costs: Costs) -> dict[str, float
         if value is None:
             continue
         over = bound - value if name == "min_agreement" else value - bound
-        if over > 0:
-            broken[name] = over / bound
+        if not over <= 0:  # so that a NaN keeps no bound
+            broken[name] = over / bound if over < math.inf and bound else math.inf
     return broken

@@ -136,15 +136,13 @@ class Case:
         )
 
     def could_meet(self) -> dict[str, float] | None:
-        """The bounds, each relaxed as far as the nearest usable level needs; rounded outwards."""
+        """The bounds, each relaxed as far as the nearest loadable level needs; rounded outwards."""
         if self.ask.pinned_level is not None or not self.bounds:
             return None
-        usable = [option for option in self.options if not option.barrier]
-        near = self.nearest(o for o in usable if o.facts.loadable) or self.nearest(usable)
+        near = self.nearest(o for o in self.options if o.facts.loadable and not o.barrier)
         if near is None:
             return None
-        have = costs(near.facts, near.predicted)
-        return sentences.relaxed(self.bounds, near.broken, have)
+        return sentences.relaxed(self.bounds, near.broken, costs(near.facts, near.predicted))
 
     def _decision(
         self, action: Action, code: Code, reason: str, predicted: Prediction | None

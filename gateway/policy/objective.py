@@ -5,6 +5,7 @@ Adding an objective: its name in `budget.Objective`, one function, one line in `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -46,7 +47,8 @@ class Option:
 def ppl_ratio(option: Option) -> float:
     """Perplexity ratio in steps of 0.1 %: closer levels cannot be told apart by the texts at hand,
     and noise must not send everybody to a slower level."""
-    return round(max(1.0, option.facts.card.perplexity_ratio), 3)
+    ratio = option.facts.card.perplexity_ratio
+    return math.inf if math.isnan(ratio) else round(max(1.0, ratio), 3)
 
 
 def _quality(option: Option) -> Key:
@@ -62,8 +64,9 @@ def _memory(option: Option) -> Key:
 
 
 def _throughput(option: Option) -> Key:
-    rate = max(option.facts.card.decode_tokens_per_s.values(), default=0.0)
-    ms_per_token = 1000.0 / rate if rate > 0 else 1e9
+    rates = option.facts.card.decode_tokens_per_s.values()
+    rate = max((rate for rate in rates if rate > 0), default=0.0)
+    ms_per_token = 1000.0 / rate if rate else math.inf
     return (ms_per_token, ppl_ratio(option), option.predicted.latency_ms)
 
 

@@ -140,6 +140,11 @@ class Predictor:
     def __init__(self) -> None:
         self._tracks: OrderedDict[tuple[str, str], _Track] = OrderedDict()
 
+    @property
+    def levels_known(self) -> int:
+        """How many levels have learned state; the oldest are forgotten beyond a fixed number."""
+        return len(self._tracks)
+
     def predict(
         self, prompt_tokens: int, max_tokens: int, snapshot: LadderSnapshot
     ) -> tuple[Prediction, ...]:
