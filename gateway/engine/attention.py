@@ -1,10 +1,11 @@
 """Our attention inside transformers' models: paged keys and values, one function for every layer.
 
-transformers hands each layer's queries, keys and values to the function registered under `NAME`. It
-writes the new keys and values into the KV pool and attends through block tables (PagedAttention, Kwon
-et al. 2023, https://arxiv.org/abs/2309.06180). No mask function is registered, so models build no
-mask; causality, sliding windows and padding are ours. What a step needs is put into `Step` before the
-model runs; a layer reads tensors from it and decides nothing, so the decode step can be captured.
+transformers hands each layer's queries, keys and values to the function registered under `NAME`.
+It writes the new keys and values into the KV pool and attends through block tables (PagedAttention,
+Kwon et al. 2023, https://arxiv.org/abs/2309.06180). No mask function is registered, so models build
+no mask; causality, sliding windows and padding are ours. What a step needs is put into `Step` before
+the model runs; a layer reads tensors from it and decides nothing, so that the decode step can be
+captured.
 
 Owns the pool's tensors; knows nothing of sequences, schedules or requests.
 """
@@ -61,10 +62,13 @@ class KVPool:
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_size = block_size
-        head = (num_blocks, block_size)
-        make = {"dtype": layout.dtype, "device": device}
-        self.keys = [torch.zeros(*head, s.kv_heads, s.key_dim, **make) for s in layout.layers]
-        self.values = [torch.zeros(*head, s.kv_heads, s.value_dim, **make) for s in layout.layers]
+
+        def make(heads: int, dim: int) -> Tensor:
+            shape = (num_blocks, block_size, heads, dim)
+            return torch.zeros(shape, dtype=layout.dtype, device=device)
+
+        self.keys = [make(shape.kv_heads, shape.key_dim) for shape in layout.layers]
+        self.values = [make(shape.kv_heads, shape.value_dim) for shape in layout.layers]
 
     @property
     def nbytes(self) -> int:
@@ -81,8 +85,8 @@ class Mode(Enum):
 class Segment:
     """One sequence's chunk in a packed prefill: rows [begin, end), the first at position `start`.
 
-    `blocks` is its block table; `masks[w]` (bool [end - begin, start + end - begin]) allows keys under
-    the model's w-th window, None where plain causality over the chunk itself says it all.
+    `blocks` is its block table; `masks[w]` (bool [end - begin, start + end - begin]) allows keys
+    under the model's w-th window, None where plain causality over the chunk itself says it all.
     """
 
     begin: int
@@ -179,8 +183,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: [b, heads, t, dim] in, [b, t, heads, dim] out.
 
-    Of `options`, `scaling`, `softcap` and `sliding_window` are respected; what would change the result
-    otherwise is refused on the first call.
+    Of `options`, `scaling`, `softcap` and `sliding_window` are respected; what would change the
+    result otherwise is refused on the first call.
     """
     slot: Slot = getattr(module, _SLOT)
     if slot.shape is None:
@@ -251,10 +255,8 @@ def _softmax_attention(
     scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     if mask is None:
         mask = allowed(torch.arange(query.shape[2], device=query.device), query.shape[2], None)
-    if mask.dtype is torch.bool:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    else:
-        scores = scores + mask
+    hidden = float("-inf")
+    scores = scores.masked_fill(~mask, hidden) if mask.dtype is torch.bool else scores + mask
     return torch.softmax(scores, -1, dtype=torch.float32).to(value.dtype) @ value
 
 

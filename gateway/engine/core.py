@@ -1,8 +1,8 @@
 """The engine proper, synchronous: variants, their schedulers and runners, one step at a time.
 
-Owned and driven by one thread (`local` has the thread; tests drive it by hand), hence no locks. A step
-runs the next variant that has work, in turn: plan → run → sample → text → events. KV memory is split
-evenly over the distinct layouts of the loaded variants; variants of one layout share a pool.
+Owned and driven by one thread (`local` has the thread; tests drive it by hand), hence no locks. A
+step runs the next variant that has work, in turn: plan → run → sample → text → events. KV memory is
+split evenly over the distinct layouts of the loaded variants; variants of one layout share a pool.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _POOL_LIVES = 4  # a pool holds at most this many full batches of full contexts 
 
 @dataclass(frozen=True, slots=True)
 class LocalOptions:
-    """Settings of a local runtime. `kv_bytes` bounds all KV pools together; `threads` is torch's."""
+    """Settings of a local runtime. `kv_bytes` bounds all KV pools, `threads` is torch's count."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1

@@ -64,7 +64,10 @@ class Grammars:
 
         try:
             source = _ANY_OBJECT if schema.strip() == "{}" else schema
-            grammar = LLMatcher.grammar_from_json_schema(source)
+            # Compact: free white space lets a weak model pad until its tokens are spent.
+            grammar = LLMatcher.grammar_from_json_schema(
+                source, defaults={"whitespace_flexible": False}
+            )
         except ValueError as error:
             raise BadSchema(str(error)) from error
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)

@@ -1,12 +1,12 @@
 """Block accounting of one KV pool: who holds which block, what may be reused, what is evicted.
 
-Owns numbers only (torch-free): the tensors live in `attention.KVPool`. Block 0 is scratch, written by
-the padding rows of a batch, and is never handed out. A block is *held* (reference count > 0), *cached*
-(no holder, contents still valid under its key; evicted in LRU order) or *free*.
+Owns numbers only (torch-free): the tensors live in `attention.KVPool`. Block 0 is scratch, written
+by the padding rows of a batch, and is never handed out. A block is *held* (reference count > 0),
+*cached* (no holder, contents still valid under its key; evicted in LRU order) or *free*.
 
-A key chains a digest over all tokens before and in the block (as vLLM's automatic prefix caching) from
-a root that names the variant: KV of two variants is never shared, and a cryptographic digest keeps one
-caller from forging another's prefix.
+A key chains a digest over all tokens before and in the block (as vLLM's automatic prefix caching)
+from a root that names the variant: KV of two variants is never shared, and a cryptographic digest
+keeps one caller from forging another's prefix.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ neither the loop nor decoding waits for a load.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
@@ -89,13 +90,16 @@ class LocalRuntime:
 
         def run() -> None:
             try:
-                answer.set_result(call())
-            except BaseException as error:
+                if self._stopping:
+                    raise EngineFailed("the engine is closed")
+                result = call()
+            except Exception as error:
                 answer.set_exception(error)
+            else:
+                self._publish()
+                answer.set_result(result)
 
-        self._inbox.put(run)
-        if not self._thread.is_alive():
-            raise EngineFailed("the engine is closed")
+        self._post(run)
         return await asyncio.wrap_future(answer)
 
     def _submit(self, job: Job, outbox: _Outbox) -> None:
@@ -104,43 +108,55 @@ class LocalRuntime:
         def run() -> None:
             self._streams[job] = (loop, outbox)
             try:
+                if self._stopping:
+                    raise EngineFailed("the engine is closed")
                 self._core.submit(job)
             except EngineError as error:
                 self._deliver([(job, error)])
 
-        self._inbox.put(run)
+        self._post(run)
 
     def _cancel(self, job: Job) -> None:
         def run() -> None:
             if self._streams.pop(job, None) is not None:
                 self._core.cancel(job)
 
-        self._inbox.put(run)
+        self._post(run)
+
+    def _post(self, command: Callable[[], None]) -> None:
+        self._inbox.put(command)
+        if not self._thread.is_alive():
+            self._finish_commands()
+
+    def _finish_commands(self) -> None:
+        """Answer what came too late for the thread (every command checks `_stopping` itself)."""
+        with contextlib.suppress(Empty):
+            while True:
+                self._inbox.get_nowait()()
 
     def _main(self) -> None:
         torch.set_num_threads(self.options.threads)
         try:
             while not self._stopping:
                 self._obey()
-                self._deliver(self._core.step())
+                events = self._core.step()
+                self._publish()
+                self._deliver(events)
         except Exception:
             log.exception("the engine thread died")
         finally:
             self._stopping = True
             failure = EngineFailed("the engine is closed")
             self._deliver([(job, failure) for job in list(self._streams)])
-            while not self._inbox.empty():  # commands that came too late
-                self._inbox.get()()
+            self._finish_commands()
 
     def _obey(self) -> None:
         """Carry out all commands; with nothing to compute, sleep until one comes."""
-        try:
+        with contextlib.suppress(Empty):
             command = self._inbox.get(block=not self._core.busy)
             while True:
                 command()
                 command = self._inbox.get_nowait()
-        except Empty:
-            self._publish()
 
     def _publish(self) -> None:
         self._kv_bytes = self._core.kv_bytes

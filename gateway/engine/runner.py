@@ -1,8 +1,8 @@
 """From a variant's tensors to logits: builds the model, prepares a step's inputs, runs it.
 
-Model code is transformers' own; attention is `gateway.engine.attention`, compressed linears come from
-`gateway.engine.kernels`. Owns a model and the input buffers of its steps; decides nothing about which
-tokens run (`scheduler`) or which token is picked (`sampler`). One thread at a time.
+Model code is transformers' own; attention is `gateway.engine.attention`, compressed linears come
+from `gateway.engine.kernels`. Owns a model and the input buffers of its steps; decides nothing about
+which tokens run (`scheduler`) or which token is picked (`sampler`). One thread at a time.
 """
 
 from __future__ import annotations
@@ -80,18 +80,19 @@ def build_model(weights: VariantWeights, *, device: str = "cpu") -> Model:
         )
     except CompressionError as error:
         raise ModelError(str(error)) from error
-    _check_config(module.config)
+    config: Any = module.config
+    text_config = config.get_text_config()
+    _check_config(config, text_config)
     _put_linears(module, weights)
     _put_tensors(module, weights)
     module.to(device)
     # A pad token makes GPT-2 look at its input on every step; nothing here pads with it.
-    module.config.pad_token_id = None
+    config.pad_token_id = None
     step = Step()
     slots = tuple(attention.install(module, step))
-    vocab_size = _probe(module, slots, device)
+    vocab_size = _probe(module, slots, text_config.num_hidden_layers, device)
     shapes = tuple(slot.shape for slot in slots if slot.shape is not None)
-    config = module.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None) or _UNLIMITED_CONTEXT
+    limit = getattr(text_config, "max_position_embeddings", None) or _UNLIMITED_CONTEXT
     return Model(
         module=module,
         step=step,
@@ -161,8 +162,12 @@ class Runner:
         Args:
             every: per chunk, whether the logits after all its tokens are wanted.
         """
-        ids, positions, writes, keep = [], [], [], []
-        segments, counts = [], []
+        ids: list[int] = []
+        positions: list[int] = []
+        writes: list[int] = []
+        keep: list[int] = []
+        segments: list[Segment] = []
+        counts: list[int] = []
         begin = 0
         for chunk, all_logits in zip(chunks, every, strict=True):
             stop = chunk.start + chunk.length
@@ -186,7 +191,7 @@ class Runner:
             self._tensor(positions)[None],
             self._tensor(keep),
         )
-        return list(logits[0].float().split(counts))
+        return list(torch.split(logits[0].float(), counts))
 
     def _stage(self, batch: Sequence[Tokens], rows: int, context: int) -> None:
         """Fill the decode buffers; padding rows write to and read from the scratch block."""
@@ -252,8 +257,7 @@ def _buckets(most: int) -> list[int]:
     return list(_SERIES[: bisect_left(_SERIES, most) + 1])
 
 
-def _check_config(config: Any) -> None:
-    text = config.get_text_config()
+def _check_config(config: Any, text: Any) -> None:
     kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if kinds:
         raise ModelError(f"layers of type {', '.join(sorted(kinds))} are not supported")
@@ -295,7 +299,7 @@ def _put_tensors(module: nn.Module, weights: VariantWeights) -> None:
             )
         set_tensor(module, name, tensor.to(weights.dtype) if tensor.is_floating_point() else tensor)
     for name in stored_buffers:
-        if name in weights.tensors and not name.rpartition(".")[0] in weights.linears:
+        if name in weights.tensors and name.rpartition(".")[0] not in weights.linears:
             set_tensor(module, name, weights.tensors[name])
 
 
@@ -305,15 +309,13 @@ def _unfilled(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 @torch.inference_mode()
-def _probe(module: nn.Module, slots: Sequence[Slot], device: str) -> int:
+def _probe(module: nn.Module, slots: Sequence[Slot], layers: int, device: str) -> int:
     """Run one token to learn every layer's heads and windows; returns the vocabulary size."""
     one = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
         logits = _logits(module, one, one, 0)
     except (attention.UnsupportedAttention, TypeError, NotImplementedError) as error:
         raise ModelError(f"{type(module).__name__} cannot be served: {error}") from error
-    text: Any = module.config
-    layers = text.get_text_config().num_hidden_layers
     if len(slots) != layers or any(slot.shape is None for slot in slots):
         raise ModelError(f"{type(module).__name__} does not use the attention interface everywhere")
     return int(logits.shape[-1])

@@ -1,7 +1,8 @@
 """From logits to tokens, for a whole batch at once; each row by its own parameters and generator.
 
-A row's token depends on its logits, its parameters and its seed only, never on the rest of the batch:
-every row draws one uniform number from its own generator and inverts its own cumulative distribution.
+A row's token depends on its logits, its parameters and its seed only, never on the rest of the
+batch: every row draws one uniform number from its own generator and inverts its own cumulative
+distribution.
 Reported log-probabilities are of the model's raw distribution (fp32), before any adjustment.
 """
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from gateway.engine.base import SamplingParams
 from gateway.engine.grammar import Matcher
+
+_COLDEST = 1e-6  # a lower temperature is this one: fp32 could not divide by it
 
 
 class RowState:
@@ -109,8 +112,8 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> list[Scored]:
     tokens = adjusted.argmax(-1)
     random = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     if random:
-        index = torch.tensor(random, device=logits.device)
-        tokens[index] = _draw(adjusted[index], [rows[i] for i in random])
+        chosen = torch.tensor(random, device=logits.device)
+        tokens[chosen] = _draw(adjusted[chosen], [rows[i] for i in random])
     picked = tokens.tolist()
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     scored = [Scored(token) for token in picked]
@@ -139,37 +142,8 @@ def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
 
 def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     """Tokens [rows] by inverse transform sampling from softmax(logits / temperature), cut off."""
-    column = {"dtype": logits.dtype, "device": logits.device}
-    temperature = torch.tensor([row.params.temperature for row in rows], **column)[:, None]
-    # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
-    uniform = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=logits.device)
-    tokens = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    for cut in (False, True):
-        members = [i for i, row in enumerate(rows) if row.cut is cut]
-        if not members:
-            continue
-        index = torch.tensor(members, device=logits.device)
-        part = scaled[index]
-        order = None
-        if cut:
-            part, order = part.sort(-1, descending=True, stable=True)
-            part = _cut_off(part, [rows[i].params for i in members])
-        picked = _invert(part, uniform[index])
-        tokens[index] = picked if order is None else order.gather(1, picked[:, None])[:, 0]
-    return tokens
-
-
-def _cut_off(sorted_logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """-inf for what top-k, nucleus (Holtzman et al. 2020) and min-p (Nguyen et al. 2024) exclude.
-
-    Args:
-        sorted_logits: [rows, vocab], best first; the best is always kept.
-    """
-    device = sorted_logits.device
-    vocab = sorted_logits.shape[1]
-    rank = torch.arange(vocab, device=device)
-    top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
+    heat = [max(row.params.temperature, _COLDEST) for row in rows]
+    temperature = torch.tensor(heat, dtype=logits.dtype, device=logits.device)[:, None]
     kept = sorted_logits.masked_fill(rank >= top_k, float("-inf"))
     probs = torch.softmax(kept, -1)
     top_p = torch.tensor([p.top_p for p in params], dtype=probs.dtype, device=device)[:, None]

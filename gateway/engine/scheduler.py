@@ -7,10 +7,10 @@ request whatever its level. It plans; `local` runs the plan and reports back. A 
         → plan/advance/append … → finish (or cancel, or preempt → waiting)
 
 Every step of one variant, `plan` decides in this order:
-1. every running sequence with one token left to compute decodes; if it needs a block and none is left,
-   the youngest running sequence on the pool is preempted (recomputed later), itself in the end;
-2. waiting sequences are admitted oldest first while places and blocks last; nobody overtakes an older
-   sequence of another variant that waits for blocks;
+1. every running sequence with one token left to compute decodes; if it needs a block and none is
+   left, the youngest running sequence on the pool is preempted (recomputed later), itself in the end;
+2. waiting sequences are admitted oldest first while places and blocks last; nobody overtakes an
+   older sequence of another variant that waits for blocks;
 3. sequences with more than one token left prefill, oldest first, together at most `prefill_chunk`
    tokens: decoding sequences wait for one chunk at most, never for a whole prompt.
 """
@@ -126,10 +126,12 @@ class Scheduler:
         """Queue a new sequence; `max_tokens` is cut to what the pool can ever hold.
 
         Raises:
-            EngineOverloaded: `max_waiting` sequences of its variant wait, or its prompt can never fit.
+            EngineOverloaded: its variant has as many sequences as may run and wait, or the prompt
+                can never fit.
         """
         queues = self._queues[seq.variant]
-        if len(queues.waiting) >= self._limits.max_waiting:
+        places = self._limits.max_num_seqs + self._limits.max_waiting
+        if len(queues.running) + len(queues.waiting) >= places:
             raise EngineOverloaded(f"{len(queues.waiting)} requests are waiting")
         if not self._fit(seq):
             raise EngineOverloaded(
@@ -246,7 +248,7 @@ class Scheduler:
         return -(-tokens // self.pool.block_size)
 
     def _grow(self, seq: Sequence) -> None:
-        """Give `seq` the blocks for all its tokens, preempting the youngest until that is possible."""
+        """Give `seq` the blocks for all its tokens, preempting the youngest until there are enough."""
         missing = self._blocks_for(len(seq.tokens)) - len(seq.blocks)
         while missing > 0:
             blocks = self.pool.allocate(missing)

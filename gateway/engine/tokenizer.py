@@ -115,7 +115,7 @@ class Tokenizer:
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[loopcontrols],
-            autoescape=False,  # noqa: S701  (prompts are no HTML)
+            autoescape=False,  # prompts are no HTML
         )
         environment.filters["tojson"] = to_json
         environment.globals["raise_exception"] = refuse
