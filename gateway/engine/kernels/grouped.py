@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressors.tensor import Grouped, StoredLinear
+from gateway.engine.kernels.native import Feature, GroupedStruct, NativeCall, library
 from gateway.engine.kernels.scheme import KernelLinear, PackChild, Scheme, UnpackChild
 
 BLOCK = 16
@@ -45,7 +46,7 @@ class Geometry(NamedTuple):
 def pack(form: Grouped, _child: PackChild) -> StoredLinear:
     n, k = form.shape
     groups = form.scales.shape[1]
-    unit = 32 // PLANES[form.bits][-1][0]
+    unit = 16 if len(PLANES[form.bits]) == 1 else 32
     columns, width = _columns(form, groups, unit)
     codes = form.codes
     if columns is not None:
@@ -183,6 +184,38 @@ class GroupedLinear(KernelLinear):
         self.exponent = int(stored.meta["scale_exponent"])
         self.hold(stored, *(f"codes{plane}" for plane, _ in PLANES[self.bits]))
         self.hold(stored, "scales", "zeros", "columns")
+        self._call = self.bind()
+
+    def bind(self) -> NativeCall | None:
+        dll = library(Feature.INT8)
+        if dll is None or not self.scales.is_cpu:
+            return None
+        planes = [self.get_buffer(f"codes{plane}") for plane, _ in PLANES[self.bits]]
+        bias = None if self.bias is None else self.bias.float()
+        struct = GroupedStruct(
+            scales=self.scales.data_ptr(),
+            zeros=None if self.zeros is None else self.zeros.data_ptr(),
+            columns=None if self.columns is None else self.columns.data_ptr(),
+            bias=None if bias is None else bias.data_ptr(),
+            n=self.out_features,
+            k=self.in_features,
+            bits=self.bits,
+            groups=self.scales.shape[1],
+            width=self.width,
+            zeros_bytes=0 if self.zeros is None else self.zeros.element_size(),
+            scale=2.0**self.exponent,
+            zero=float(2 ** (self.bits - 1)),
+        )
+        struct.planes[:] = [p.data_ptr() for p in planes] + [None] * (3 - len(planes))
+        keep = [*planes, self.scales, self.zeros, self.columns, bias]
+        return NativeCall(
+            dll,
+            "pressgate_grouped",
+            struct,
+            tuple(t for t in keep if t is not None),
+            max_rows=1 << 30,
+            bf16_input=False,
+        )
 
     @property
     def place(self) -> Tensor | None:

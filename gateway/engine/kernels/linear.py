@@ -27,7 +27,7 @@ def make_linear(stored: StoredLinear, bias: Tensor | None, *, dtype: torch.dtype
     if bias is not None and tuple(bias.shape) != (int(stored.meta["n"]),):
         raise ValueError(f"bias of shape {tuple(bias.shape)} for {stored.meta['n']} outputs")
 
-    def child(inner: StoredLinear) -> KernelLinear:
-        return make_linear(inner, None, dtype=dtype)
+    def child(inner: StoredLinear, inner_bias: Tensor | None) -> KernelLinear:
+        return make_linear(inner, inner_bias, dtype=dtype)
 
     return scheme(stored.scheme).linear(stored, bias, dtype, child).eval()

@@ -34,9 +34,8 @@ class LowRankLinear(KernelLinear):
         self, stored: StoredLinear, bias: Tensor | None, dtype: torch.dtype, child: MakeChild
     ) -> None:
         super().__init__(stored, None, dtype)
-        self.right = child(nested(stored, "right"))
-        self.left = child(nested(stored, "left"))
-        self.left.bias = None if bias is None else bias.detach()
+        self.right = child(nested(stored, "right"), None)
+        self.left = child(nested(stored, "left"), bias)
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         left = self.left.dense_rows(start, stop, torch.float32)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compressors.tensor import LinearForm, StoredLinear
+from gateway.engine.kernels.native import NativeCall
 
 PackChild = Callable[[LinearForm], StoredLinear]
 UnpackChild = Callable[[StoredLinear], LinearForm]
@@ -42,6 +43,7 @@ class KernelLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = int(stored.meta["n"]), int(stored.meta["k"])
         self.compute_dtype = dtype
+        self._call: NativeCall | None = None
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
 
@@ -59,7 +61,14 @@ class KernelLinear(nn.Module):
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """Rows start..stop of the weight, [stop-start, K] in `dtype`."""
 
+    def bind(self) -> NativeCall | None:
+        """The native kernel over the present buffers, None where torch has to do."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
+        call = self._call
+        if call is not None and call.takes(x):
+            return call(x)
         return self.reference(x)
 
     def reference(self, x: Tensor) -> Tensor:
@@ -82,13 +91,22 @@ class KernelLinear(nn.Module):
             return t.to(fn(t.new_empty(0)).device)
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        self._call = self.bind()
         return self
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_call": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """A copy has buffers of its own: bind to those."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._call = self.bind()
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, bias={self.bias is not None}"
 
 
-MakeChild = Callable[[StoredLinear], KernelLinear]
+MakeChild = Callable[[StoredLinear, Tensor | None], KernelLinear]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressors.tensor import Dense, LinearForm, Sparse24, StoredLinear
+from gateway.engine.kernels.native import Feature, NativeCall, dense_call, library
 from gateway.engine.kernels.scheme import (
     KernelLinear,
     MakeChild,
@@ -26,6 +27,8 @@ from gateway.engine.kernels.scheme import (
     nested,
 )
 
+# Measured: beyond, expanding the weight piece by piece for oneDNN's bf16 product is faster.
+MAX_ROWS = 48
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -78,9 +81,21 @@ class Sparse24Linear(KernelLinear):
     ) -> None:
         super().__init__(stored, bias, dtype)
         self.hold(stored, "mask")
-        self.values = child(nested(stored, "values"))
+        self.values = child(nested(stored, "values"), None)
+        self._call = self.bind()
+
+    def bind(self) -> NativeCall | None:
+        weight = getattr(self.values, "weight", None)
+        dll = library(Feature.SPARSE)
+        if dll is None or not self.mask.is_cpu or weight is None or weight.dtype != torch.bfloat16:
+            return None
+        return dense_call(
+            dll, weight, self.bias, k=self.in_features, max_rows=MAX_ROWS, mask=self.mask
+        )
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        if self._call is not None and dtype == torch.bfloat16:
+            return self._call.expand(start, stop)
         keep = _columns(self.mask[start:stop])
         values = self.values.dense_rows(start, stop, dtype)
         values = F.pad(values, (0, keep.shape[1] // 2 - values.shape[1]))

@@ -1,0 +1,182 @@
+"""The compiled kernels of `native.cpp`, if this host has them: finding, checking and calling.
+
+The library is built once, when the package is installed (`setup.py`), not at first use: a server
+needs no compiler and runs no code from a writable cache. Where there is no compiler, no AVX-512, or
+`PRESSGATE_NATIVE=0`, `library()` answers None and layers compute through torch from the same
+layouts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from enum import IntFlag
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+ABI = 1
+
+
+class Feature(IntFlag):
+    """What this CPU can run; the values are `native.cpp`'s."""
+
+    INT8 = 1
+    BF16 = 2
+    SPARSE = 4
+
+
+class GroupedStruct(ctypes.Structure):
+    """`Grouped` of native.cpp."""
+
+    _fields_ = (
+        ("planes", ctypes.c_void_p * 3),
+        ("scales", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("columns", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("bits", ctypes.c_int64),
+        ("groups", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("zeros_bytes", ctypes.c_int64),
+        ("scale", ctypes.c_float),
+        ("zero", ctypes.c_float),
+    )
+
+
+class DenseStruct(ctypes.Structure):
+    """`Dense` of native.cpp."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("mask", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    )
+
+
+@cache
+def _open() -> tuple[ctypes.CDLL, Feature] | None:
+    """Map the library once per process. torch is imported first: both share one OpenMP runtime."""
+    here = Path(__file__).parent
+    found = [path for end in EXTENSION_SUFFIXES if (path := here / f"_native{end}").is_file()]
+    if not found:
+        log.info("native kernels are not built; using torch operations")
+        return None
+    try:
+        dll = ctypes.CDLL(str(found[0]))
+        abi = dll.pressgate_abi()
+    except (OSError, AttributeError) as error:
+        log.warning("native kernels do not load (%s); using torch operations", error)
+        return None
+    if abi != ABI:
+        log.warning("native kernels are of version %s, not %s: reinstall the package", abi, ABI)
+        return None
+    features = Feature(dll.pressgate_features())
+    if not features:
+        log.info("this CPU lacks AVX-512 VNNI; using torch operations")
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    arguments = (pointer, pointer, pointer, number, ctypes.c_int, number)
+    for function in (dll.pressgate_grouped, dll.pressgate_dense):
+        function.argtypes, function.restype = arguments, None
+    dll.pressgate_expand.argtypes = (pointer, number, number, pointer, number)
+    dll.pressgate_expand.restype = None
+    return dll, features
+
+
+def library(needs: Feature) -> ctypes.CDLL | None:
+    """The library when it is there, may be used, and this CPU has all that `needs` names."""
+    if os.environ.get("PRESSGATE_NATIVE", "1") == "0":
+        return None
+    opened = _open()
+    return opened[0] if opened and needs in opened[1] else None
+
+
+class NativeCall:
+    """One weight bound to one kernel. Calls are thread-safe; the GIL is released inside.
+
+    Args:
+        dll: the library; `entry` names the function in it.
+        struct: the weight's description; pointers into `keep`.
+        keep: the tensors behind the pointers.
+        max_rows: above this many activation rows another path is faster.
+        bf16_input: the kernel reads bf16 only; other activations are rounded to it.
+    """
+
+    __slots__ = ("_address", "_dll", "_function", "_keep", "bf16_input", "k", "max_rows", "n")
+
+    def __init__(
+        self,
+        dll: ctypes.CDLL,
+        entry: str,
+        struct: GroupedStruct | DenseStruct,
+        keep: tuple[Tensor, ...],
+        *,
+        max_rows: int,
+        bf16_input: bool,
+    ) -> None:
+        self._dll, self._function, self._keep = dll, getattr(dll, entry), (struct, keep)
+        self._address = ctypes.addressof(struct)
+        self.n, self.k = int(struct.n), int(struct.k)
+        self.max_rows, self.bf16_input = max_rows, bf16_input
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the kernel accepts these activations (and is the faster path for so many)."""
+        return (
+            x.is_cpu
+            and x.dtype in (torch.bfloat16, torch.float32)
+            and 0 < x.numel() <= self.max_rows * self.k
+        )
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)
+        source = x.to(torch.bfloat16) if self.bf16_input else x
+        source = source.contiguous()
+        self._function(
+            self._address,
+            source.data_ptr(),
+            out.data_ptr(),
+            x.numel() // self.k,
+            x.dtype is torch.bfloat16,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def expand(self, start: int, stop: int) -> Tensor:
+        """Rows start..stop of a 2:4 sparse weight, dense, bf16 [stop-start, K]."""
+        out = torch.empty(stop - start, self.k, dtype=torch.bfloat16)
+        threads = torch.get_num_threads()
+        self._dll.pressgate_expand(self._address, start, stop, out.data_ptr(), threads)
+        return out
+
+
+def dense_call(
+    dll: ctypes.CDLL,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    k: int,
+    max_rows: int,
+    mask: Tensor | None = None,
+) -> NativeCall:
+    """bf16 weights, row-major [N, K], or with `mask` the kept values of a 2:4 sparse weight."""
+    bias = None if bias is None else bias.float()
+    struct = DenseStruct(
+        weight=weight.data_ptr(),
+        mask=None if mask is None else mask.data_ptr(),
+        bias=None if bias is None else bias.data_ptr(),
+        n=weight.shape[0],
+        k=k,
+    )
+    keep = tuple(t for t in (weight, mask, bias) if t is not None)
+    return NativeCall(dll, "pressgate_dense", struct, keep, max_rows=max_rows, bf16_input=True)

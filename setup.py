@@ -1,0 +1,21 @@
+"""Builds the optional native kernels; everything else is in pyproject.toml."""
+
+from __future__ import annotations
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        # A plain shared library opened with ctypes. OpenMP comes from the runtime that torch has
+        # already loaded (same soname), so both share one team of threads. optional: without a
+        # compiler the install goes on, and layers compute through torch.
+        Extension(
+            "gateway.engine.kernels._native",
+            sources=["gateway/engine/kernels/native.cpp"],
+            language="c++",
+            extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp"],
+            extra_link_args=["-fopenmp"],
+            optional=True,
+        )
+    ]
+)
