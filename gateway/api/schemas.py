@@ -278,3 +278,21 @@ def parse(raw: bytes, shape: type[Body]) -> Body:
         return shape.model_validate_json(raw, strict=True)
     except ValidationError as error:
         raise validate_error(error) from None
+
+
+def body_schema(shape: type[BaseModel]) -> dict[str, Any]:
+    """The OpenAPI piece of an endpoint that reads its body itself."""
+    schema = shape.model_json_schema()
+    schema = _inlined(schema, schema.pop("$defs", {}))
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
+    """The schema with its references replaced: a request body's own `$defs` would dangle."""
+    if isinstance(node, list):
+        return [_inlined(item, definitions) for item in node]
+    if not isinstance(node, dict):
+        return node
+    if "$ref" in node:
+        return _inlined(definitions[node["$ref"].rpartition("/")[2]], definitions)
+    return {key: _inlined(value, definitions) for key, value in node.items()}

@@ -166,7 +166,7 @@ class FakeEngine:
 
     async def _decode(self, sequence: _Sequence) -> AsyncIterator[TokenEvent]:
         request, sampling = sequence.request, sequence.request.sampling
-        text = _StopFilter(sampling.stop)
+        text = StopFilter(sampling.stop)
         due = time.monotonic()
         for count, token in enumerate(self._tokens(request), 1):
             if self._closed:
@@ -243,7 +243,7 @@ class FakeEngine:
         await asyncio.sleep(max(0.0, seconds))
 
 
-class _StopFilter:
+class StopFilter:
     """Holds back text that may begin a stop string; cuts at the first whole one."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:

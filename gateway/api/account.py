@@ -1,0 +1,193 @@
+"""What one request turned out to cost: numbers for the answer, the metrics and the predictor.
+
+Decides nothing and sends nothing. Closed once, whatever way the request ended.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gateway.api.deps import Services
+from gateway.api.prepare import Wanted
+from gateway.api.sse import Choice, usage
+from gateway.metrics import NONE, Finished
+from gateway.policy.budget import Costs, excess
+from gateway.policy.decision import Decision
+from gateway.policy.policy import Policy
+from gateway.variants.variant import LadderSnapshot
+
+_HUNG_UP = 499
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Milliseconds. Over several sequences the worst one counts; None where nothing was measured
+    (`tpot_ms` of a one-token answer)."""
+
+    ttft_ms: float | None
+    tpot_ms: float | None
+    latency_ms: float
+
+    @classmethod
+    def of(cls, choices: Sequence[Choice], arrived: float) -> Measured:
+        firsts = [c.first_at for c in choices if c.first_at is not None]
+        gaps = [
+            (c.last_at - c.first_at) / (c.tokens - 1)
+            for c in choices
+            if c.first_at is not None and c.last_at is not None and c.tokens > 1
+        ]
+        return cls(
+            ttft_ms=1000.0 * (max(firsts) - arrived) if len(firsts) == len(choices) else None,
+            tpot_ms=1000.0 * max(gaps) if gaps else None,
+            latency_ms=1000.0 * (time.perf_counter() - arrived),
+        )
+
+    def numbers(self) -> dict[str, float | None]:
+        return {
+            "ttft_ms": None if self.ttft_ms is None else round(self.ttft_ms, 1),
+            "tpot_ms": None if self.tpot_ms is None else round(self.tpot_ms, 2),
+            "latency_ms": round(self.latency_ms, 1),
+        }
+
+
+class Account:
+    """Follows one request from its decision to its end."""
+
+    def __init__(self, services: Services, wanted: Wanted, policy: Policy, arrived: float) -> None:
+        self._services = services
+        self._wanted = wanted
+        self._policy = policy
+        self._arrived = arrived
+        self._decision: Decision | None = None
+        self._snapshot: LadderSnapshot | None = None
+        self._leased_at: float | None = None
+        self._measured: Measured | None = None
+        self.decision_id = f"dec-{uuid.uuid4().hex[:16]}"
+        self.choices: Sequence[Choice] = ()
+        self.code = 500
+
+    def decided(self, decision: Decision, snapshot: LadderSnapshot) -> None:
+        self._decision, self._snapshot = decision, snapshot
+        metrics, model = self._services.metrics, self._wanted.model
+        level = decision.level or decision.build
+        metrics.decision(model, level, decision.policy, decision.action, decision.code)
+        if level is not None and decision.predicted is not None:
+            metrics.predicted(model, level, "ttft", decision.predicted.ttft_ms / 1000.0)
+            metrics.predicted(model, level, "tpot", decision.predicted.tpot_ms / 1000.0)
+
+    def leased(self) -> None:
+        self._leased_at = time.perf_counter()
+
+    @property
+    def level(self) -> str:
+        """The level that serves (or would have)."""
+        if self._decision is None:
+            return NONE
+        return self._decision.level or self._decision.build or NONE
+
+    def usage(self) -> dict[str, Any]:
+        """Prompts count once, whatever `n` is."""
+        generated = sum(choice.tokens for choice in self.choices)
+        return usage(self._wanted.prompt_tokens, self._cached(), generated)
+
+    def compression(self) -> dict[str, Any]:
+        """The `compression` object of an answer; fixes the measured numbers."""
+        decision = self._decision
+        assert decision is not None
+        measured = self._fix()
+        return {
+            "level": self.level,
+            "policy": decision.policy,
+            "reason": decision.reason,
+            "decision_id": self.decision_id,
+            "predicted": decision.predicted.numbers() if decision.predicted else None,
+            "measured": measured.numbers(),
+            "slo_met": not self._missed(measured),
+        }
+
+    def close(self) -> None:
+        """Count the request and teach the predictor. A refusal misses the SLO, a hang-up not."""
+        decision, metrics, wanted = self._decision, self._services.metrics, self._wanted
+        level = self.level
+        measured = self._fix() if self.choices else None
+        served = self.code == 200 and measured is not None
+        metrics.request_finished(
+            Finished(
+                model=wanted.model,
+                level=level,
+                policy=self._policy.name,
+                code=self.code,
+                prompt_tokens=wanted.prompt_tokens,
+                cached_tokens=self._cached(),
+                generated_tokens=sum(choice.tokens for choice in self.choices),
+                queue_s=None if self._leased_at is None else self._leased_at - self._arrived,
+                ttft_s=_seconds(measured.ttft_ms) if measured else None,
+                tpot_s=_seconds(measured.tpot_ms) if measured else None,
+                e2e_s=_seconds(measured.latency_ms) if served and measured else None,
+            )
+        )
+        if measured is not None and self.code in (200, _HUNG_UP):
+            self._teach(measured)
+        if served and measured is not None:
+            metrics.slo(wanted.model, level, self._policy.name, self._missed(measured))
+        elif self.code != _HUNG_UP and decision is not None:
+            metrics.slo(wanted.model, level, self._policy.name, ("refused",))
+
+    def _teach(self, measured: Measured) -> None:
+        decision = self._decision
+        if decision is None or decision.predicted is None or decision.action != "serve":
+            return
+        model, predicted = self._wanted.model, decision.predicted
+        pairs: dict[Literal["ttft", "tpot"], tuple[float, float | None]] = {
+            "ttft": (predicted.ttft_ms, measured.ttft_ms),
+            "tpot": (predicted.tpot_ms, measured.tpot_ms),
+        }
+        self._services.predictor.observe(
+            model, self.level, predicted, ttft_ms=measured.ttft_ms, tpot_ms=measured.tpot_ms
+        )
+        for quantity, (guess, truth) in pairs.items():
+            if truth is not None:
+                self._services.metrics.prediction_error(
+                    model,
+                    self.level,
+                    quantity,
+                    predicted_s=guess / 1000.0,
+                    measured_s=truth / 1000.0,
+                )
+
+    def _fix(self) -> Measured:
+        if self._measured is None:
+            self._measured = Measured.of(self.choices, self._arrived)
+        return self._measured
+
+    def _cached(self) -> int:
+        """Prefix-cache hits of each prompt's first sequence (the others reuse the first's work)."""
+        return sum(choice.cached_tokens for choice in self.choices[:: self._wanted.n])
+
+    def _missed(self, measured: Measured) -> tuple[str, ...]:
+        """The bounds of the effective budget that this answer did not keep.
+
+        Times are measured; the quality is the level's card's; memory is the predicted footprint
+        (weights and KV are allocated as computed).
+        """
+        decision, snapshot = self._decision, self._snapshot
+        assert decision is not None
+        assert snapshot is not None
+        facts = snapshot.level(self.level)
+        costs = Costs(
+            ttft_ms=measured.ttft_ms,
+            tpot_ms=measured.tpot_ms,
+            latency_ms=measured.latency_ms,
+            memory_mb=decision.predicted.memory_mb if decision.predicted else None,
+            max_ppl_ratio=facts.card.perplexity_ratio if facts else None,
+            min_agreement=facts.card.top1_agreement if facts else None,
+        )
+        return tuple(excess(decision.budget.bounds(), costs))
+
+
+def _seconds(ms: float | None) -> float | None:
+    return None if ms is None else ms / 1000.0

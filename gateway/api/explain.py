@@ -1,0 +1,42 @@
+"""`POST /v1/explain`: what would happen to a request, level by level. Starts nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import APIRouter, Request
+
+from gateway.api.deps import CalledBy, Using
+from gateway.api.generate import ask_of, make_decision
+from gateway.api.match import policy_for
+from gateway.api.prepare import prepare, read_sla
+from gateway.api.schemas import ChatBody, CompletionBody, body_schema, parse, read_body
+from gateway.errors import InvalidRequest
+from gateway.policy.explain import explanation
+
+router = APIRouter(tags=["Pressgate"])
+
+
+@router.post(
+    "/v1/explain",
+    summary="Explain a decision",
+    description="Takes the body of a chat or a plain completion and generates nothing.",
+    openapi_extra=body_schema(CompletionBody),
+)
+async def explain(request: Request, services: Using, caller: CalledBy) -> dict[str, Any]:
+    raw = await read_body(request)
+    body = parse(raw, ChatBody) if _is_chat(raw) else parse(raw, CompletionBody)
+    wanted = await prepare(body, services, read_sla(body.sla, request.headers))
+    policy = policy_for(request, services, caller, wanted)
+    ask = ask_of(wanted)
+    decision, snapshot = make_decision(services, ask, policy)
+    return explanation(ask, policy, decision, snapshot)
+
+
+def _is_chat(raw: bytes) -> bool:
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"the body is not valid JSON: {error}", param="body") from None
+    return isinstance(body, dict) and "messages" in body

@@ -1,0 +1,268 @@
+"""The walk of one generation, from decision to last byte, inside one ASGI response.
+
+Everything it takes (permit, lease, sequences) is taken and given back within `__call__`, by one
+task, so there is one place to leave from: the end, an error, a timeout or the caller hanging up.
+Leaving cancels the sequences within one token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from gateway.api.account import Account
+from gateway.api.deps import Services
+from gateway.api.merge import merged
+from gateway.api.prepare import Wanted
+from gateway.api.problems import as_pressgate
+from gateway.api.sse import DONE, ChatShape, Choice, Shape, TextShape, error_event
+from gateway.api.stream import Stream
+from gateway.engine.base import GenerationRequest, TokenEvent
+from gateway.errors import (
+    BudgetUnmet,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    PressgateError,
+    Unavailable,
+)
+from gateway.policy.decide import decide
+from gateway.policy.decision import Ask, Decision
+from gateway.policy.policy import Policy
+from gateway.variants.variant import LadderSnapshot
+
+log = logging.getLogger(__name__)
+
+_LOAD_SECONDS = 120.0  # longest wait for a level that only has to be loaded
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # reverse proxies must not hold tokens back
+]
+
+
+class ClientGone(Exception):
+    """The caller hung up; nobody is left to answer."""
+
+
+@asynccontextmanager
+async def until_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Cancel the block as soon as the caller hangs up, and raise `ClientGone` then.
+
+    The request body must have been read: whatever still comes is the end of the connection.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    except asyncio.CancelledError:
+        if gone and task.uncancel() == 0:
+            raise ClientGone from None
+        raise
+    finally:
+        watcher.cancel()
+
+
+def ask_of(wanted: Wanted) -> Ask:
+    """What is decided on: of several prompts, the longest."""
+    return Ask(
+        model=wanted.model,
+        prompt_tokens=max(len(prompt) for prompt in wanted.prompts),
+        max_tokens=wanted.sampling.max_tokens,
+        pinned_level=wanted.pinned,
+        sla=wanted.sla,
+    )
+
+
+def make_decision(services: Services, ask: Ask, policy: Policy) -> tuple[Decision, LadderSnapshot]:
+    """Decide on the ladder as it is now; counts nothing and starts nothing."""
+    snapshot = services.pool.snapshot(ask.model)
+    return decide(ask, policy, snapshot, services.predictor.predict), snapshot
+
+
+def refusal(decision: Decision) -> PressgateError:
+    """The error that a rejecting decision is answered with."""
+    retry = decision.retry_after_s
+    extra = {"could_meet": decision.could_meet} if decision.could_meet else {}
+    match decision.code:
+        case "unknown_level":
+            return NotFound(decision.reason, param="model", code="level_not_found")
+        case "not_allowed" | "too_large":
+            return InvalidRequest(decision.reason, param="model", code=decision.code)
+        case "building" | "failed":
+            return Unavailable(decision.reason, code=decision.code, retry_after=retry, extra=extra)
+        case "busy":
+            return Overloaded(decision.reason, code="busy", retry_after=retry, extra=extra)
+        case _:
+            return BudgetUnmet(decision.reason, param="sla", retry_after=retry, extra=extra)
+
+
+class GenerationResponse(Response):
+    """Serves one prepared request; errors before the first byte are raised as usual."""
+
+    def __init__(
+        self, services: Services, wanted: Wanted, policy: Policy, key: str | None, arrived: float
+    ) -> None:
+        """`arrived`: `time.perf_counter()` when the request came in; `key`: name of the API key."""
+        super().__init__()
+        self._services = services
+        self._wanted = wanted
+        self._policy = policy
+        self._key = key
+        self._account = Account(services, wanted, policy, arrived)
+        shape = ChatShape if wanted.chat else TextShape
+        self._shape: Shape = shape(wanted.name, wanted.sequences, wanted.include_usage)
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        account = self._account
+        try:
+            async with (
+                until_disconnect(receive),
+                asyncio.timeout(self._services.settings.limits.request_timeout_seconds),
+            ):
+                await self._serve(send)
+            account.code = 200
+        except ClientGone:
+            account.code = 499
+        except Exception as error:
+            known = as_pressgate(error)
+            account.code = known.status
+            if not self._started:
+                raise known from error
+            log.warning("stream broke off: %s", known.message, exc_info=error)
+            await self._send_last(send, error_event(known) + DONE)
+        finally:
+            account.close()
+
+    async def _serve(self, send: Send) -> None:
+        decision, wait_s = await self._decide()
+        level = decision.level or decision.build
+        assert level is not None, "a decision to serve names a level"
+        async with (
+            self._services.admission.admit(self._key),
+            self._services.pool.lease(self._wanted.model, level, wait_s=wait_s) as engine,
+        ):
+            self._account.leased()
+            choices = self._choices()
+            self._account.choices = choices
+            async with aclosing(merged(engine, self._requests())) as events:
+                if self._wanted.stream:
+                    await self._stream(send, choices, events)
+                else:
+                    await self._collect(send, choices, events)
+
+    async def _decide(self) -> tuple[Decision, float]:
+        """The decision and the seconds its level may take to be ready.
+
+        Raises:
+            PressgateError: the decision is to reject.
+        """
+        decision, snapshot = make_decision(self._services, ask_of(self._wanted), self._policy)
+        self._account.decided(decision, snapshot)
+        if decision.action != "wait":
+            await self._prepare(decision)
+        if decision.action == "reject":
+            raise refusal(decision)
+        if decision.action == "wait":
+            return decision, self._policy.wait_ms / 1000.0
+        return decision, _LOAD_SECONDS
+
+    async def _prepare(self, decision: Decision) -> None:
+        """Start what the decision wants in the background; this request does not depend on it."""
+        if decision.warm is not None:
+            self._services.background(self._services.pool.warm(self._wanted.model, decision.warm))
+        if decision.build is None:
+            return
+        try:
+            await self._services.pool.request_build(
+                self._wanted.model, decision.build, reason=f"policy {decision.policy}"
+            )
+        except PressgateError as error:  # queue full, or built meanwhile
+            log.info("not building %s: %s", decision.build, error.message)
+
+    def _choices(self) -> list[Choice]:
+        n = self._wanted.n
+        return [
+            Choice(index * n + i, echo=echo)
+            for index, echo in enumerate(self._wanted.echoes)
+            for i in range(n)
+        ]
+
+    def _requests(self) -> list[GenerationRequest]:
+        """One per sequence; with a seed, sequence i of a prompt gets seed + i."""
+        wanted = self._wanted
+        return [
+            GenerationRequest(
+                id=uuid.uuid4().hex,
+                prompt=prompt,
+                sampling=wanted.seeded(i),
+                prompt_logprobs=wanted.prompt_logprobs,
+            )
+            for prompt in wanted.prompts
+            for i in range(wanted.n)
+        ]
+
+    async def _collect(
+        self, send: Send, choices: list[Choice], events: AsyncIterator[tuple[int, TokenEvent]]
+    ) -> None:
+        async for index, event in events:
+            choices[index].keep(event)
+        if self._wanted.muted:
+            for choice in choices:
+                choice.mute()
+        body = self._shape.whole(
+            choices,
+            {"usage": self._account.usage(), "compression": self._account.compression()},
+        )
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            self._level_header(),
+        ]
+        self._started = True
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _stream(
+        self, send: Send, choices: list[Choice], events: AsyncIterator[tuple[int, TokenEvent]]
+    ) -> None:
+        """Headers go out with the first event: an engine that fails at once is a clean 503."""
+        account, wanted = self._account, self._wanted
+        usage = account.usage if wanted.include_usage else None
+        stream = Stream(self._shape, choices, muted=wanted.muted, usage=usage)
+        async for index, event in events:
+            data = stream.feed(index, event, account.compression)
+            if not self._started:
+                await self._start(send)
+            if data:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await self._send_last(send, stream.end(account.compression))
+
+    async def _start(self, send: Send) -> None:
+        self._started = True
+        headers = [*_STREAM_HEADERS, self._level_header()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    def _level_header(self) -> tuple[bytes, bytes]:
+        return b"x-pressgate-level", self._account.level.encode()
+
+    @staticmethod
+    async def _send_last(send: Send, data: bytes) -> None:
+        await send({"type": "http.response.body", "body": data, "more_body": False})

@@ -1,0 +1,142 @@
+"""A whole gateway over the stand-in model: real pool, policies, predictor, admission and API."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+
+from gateway.api import console, explain, health, levels, openai, policies
+from gateway.api.auth import AuthMiddleware
+from gateway.api.deps import Services
+from gateway.api.limits import BodyLimitMiddleware
+from gateway.api.problems import install_error_handlers
+from gateway.config import FakeModel, Limits, Model, Settings
+from gateway.engine.base import GenerationRequest
+from gateway.engine.fake import FakeEngine, FakeSpeed, Fault
+from gateway.metrics import Metrics
+from gateway.policy.admission import Admission
+from gateway.policy.policy import Policy
+from gateway.policy.predictor import Predictor
+from gateway.policy.store import PolicyStore
+from gateway.variants.backend import Loaded
+from gateway.variants.fake_backend import FakeBackend
+from gateway.variants.pool import VariantPool
+
+LEVELS = ("int8", "int4-gptq-g128")
+MODEL = "fake"
+OPEN = Policy(name="default", build=False)
+
+
+class Documents:
+    """Policies kept in a dict; one replica, so nobody is told."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str], dict[str, Any]] = {}
+
+    async def put(self, namespace: str, name: str, document: dict[str, Any]) -> None:
+        self.kept[namespace, name] = document
+
+    async def delete(self, namespace: str, name: str) -> None:
+        self.kept.pop((namespace, name), None)
+
+    async def all(self, namespace: str) -> dict[str, dict[str, Any]]:
+        return {name: doc for (space, name), doc in self.kept.items() if space == namespace}
+
+    async def watch(self, namespace: str, callback: Callable[..., None]) -> None:
+        del namespace, callback
+
+
+class WatchedBackend(FakeBackend):
+    """The stand-in model with engines whose requests are kept and whose faults can be set."""
+
+    def __init__(self, options: FakeModel, speed: FakeSpeed, model: str = MODEL) -> None:
+        super().__init__(model, options, LEVELS)
+        self.speed = speed
+        self.seen: list[GenerationRequest] = []
+        self.fault: Fault | None = None
+
+    async def load(self, level: str) -> Loaded | None:
+        loaded = await super().load(level)
+        if loaded is None:
+            return None
+        return Loaded(FakeEngine(self.speed, self._watch), loaded.resident_bytes, 0.0)
+
+    def _watch(self, request: GenerationRequest, done: int) -> Exception | None:
+        if done == 0:
+            self.seen.append(request)
+        return self.fault(request, done) if self.fault else None
+
+
+class Gateway:
+    """Settings of one test gateway, and its parts once it is open."""
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        speed: FakeSpeed | None = None,
+        options: FakeModel | None = None,
+        models: tuple[str, ...] = (MODEL,),
+    ) -> None:
+        self.settings = settings or make_settings()
+        self.speed = speed or FakeSpeed(prefill_tokens_per_s=1e9, tpot_ms=0.2)
+        self.options = options or FakeModel(tpot_ms=0.2)
+        self.models = models
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[FastAPI]:
+        self.backends = [WatchedBackend(self.options, self.speed, name) for name in self.models]
+        self.metrics = Metrics()
+        self.pool = VariantPool(
+            self.backends, memory_budget=10**9, max_jobs=4, on_job=self.metrics.job_changed
+        )
+        self.metrics.watch(self.pool)
+        store = PolicyStore(self.settings.policies, Documents())
+        await store.load()
+        await self.pool.start()
+        self.admission = Admission(self.settings.limits)
+        self.services = Services(
+            settings=self.settings,
+            pool=self.pool,
+            policies=store,
+            predictor=Predictor(),
+            admission=self.admission,
+            metrics=self.metrics,
+        )
+        try:
+            yield make_app(self.services)
+        finally:
+            await self.pool.close()
+
+    @property
+    def backend(self) -> WatchedBackend:
+        return self.backends[0]
+
+    def idle(self) -> bool:
+        """Nothing is held: no permit, no lease, no sequence."""
+        facts = [level for name in self.models for level in self.pool.snapshot(name).levels]
+        busy = [f for f in facts if f.leases or f.stats.running or f.stats.waiting]
+        return not busy and self.admission.in_flight == 0
+
+
+def make_settings(**changes: Any) -> Settings:
+    values: dict[str, Any] = {
+        "models": (Model(id=MODEL, path="fake"),),
+        "policies": (OPEN,),
+        "limits": Limits(max_body_bytes=64 * 1024),
+    }
+    return Settings(**(values | changes))
+
+
+def make_app(services: Services) -> FastAPI:
+    app = FastAPI(title="Pressgate")
+    app.state.services = services
+    for module in (openai, policies, explain, levels, health, console):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=services.settings.limits.max_body_bytes)
+    app.add_middleware(AuthMiddleware, keys=services.settings.api_keys)
+    return app
