@@ -75,7 +75,9 @@ class RedisServer:
         for name, value in settings.items():
             command += [f"--{name}", value]
         self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, preexec_fn=_die_with_parent
+            command,
+            stdout=subprocess.DEVNULL,
+            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one libc call, right before exec
         )
         deadline = time.monotonic() + 20
         while True:
