@@ -3,9 +3,9 @@
 transformers hands each layer's queries, keys and values to the function registered under `NAME`.
 It writes the new keys and values into the KV pool and attends through block tables (PagedAttention,
 Kwon et al. 2023, https://arxiv.org/abs/2309.06180). No mask function is registered, so models build
-no mask; causality, sliding windows and padding are ours. What a step needs is put into `Step` before
-the model runs; a layer reads tensors from it and decides nothing, so that the decode step can be
-captured.
+no mask; causality, sliding windows and padding are ours. What a step needs is put into `Step`
+before the model runs; a layer reads tensors from it and decides nothing, so that the decode step
+can be captured.
 
 Owns the pool's tensors; knows nothing of sequences, schedules or requests.
 """

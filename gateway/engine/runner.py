@@ -1,8 +1,8 @@
 """From a variant's tensors to logits: builds the model, prepares a step's inputs, runs it.
 
 Model code is transformers' own; attention is `gateway.engine.attention`, compressed linears come
-from `gateway.engine.kernels`. Owns a model and the input buffers of its steps; decides nothing about
-which tokens run (`scheduler`) or which token is picked (`sampler`). One thread at a time.
+from `gateway.engine.kernels`. Owns a model and the input buffers of its steps; decides nothing
+about which tokens run (`scheduler`) or which token is picked (`sampler`). One thread at a time.
 """
 
 from __future__ import annotations
@@ -125,17 +125,17 @@ class Runner:
         blocks = -(-model.context_length // self._size)
         self._contexts = [n * per_step for n in _buckets(-(-blocks // per_step))]
         batch, context = self._batches[-1], self._contexts[-1]
-        make = {"dtype": torch.long, "device": self._device}
-        self._ids = torch.zeros(batch, 1, **make)
-        self._positions = torch.zeros(batch, 1, **make)
-        self._writes = torch.zeros(batch, **make)
-        self._tables = torch.zeros(batch * context, **make)
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=self._device)
+
+        self._ids = buffer(batch, 1)
+        self._positions = buffer(batch, 1)
+        self._writes = buffer(batch)
+        self._tables = buffer(batch * context)
         self._columns = torch.arange(context * self._size, device=self._device)
-        windows = model.step.windows
-        self._masks = [
-            torch.zeros(batch * context * self._size, dtype=model.layout.dtype, device=self._device)
-            for _ in windows
-        ]
+        cells = batch * context * self._size
+        self._masks = [buffer(cells, dtype=model.layout.dtype) for _ in model.step.windows]
         self.bind(pool)
 
     def bind(self, pool: KVPool) -> None:

@@ -142,8 +142,38 @@ def score(logits: Tensor, tokens: Sequence[int], top: int) -> list[Scored]:
 
 def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     """Tokens [rows] by inverse transform sampling from softmax(logits / temperature), cut off."""
+    device = logits.device
     heat = [max(row.params.temperature, _COLDEST) for row in rows]
-    temperature = torch.tensor(heat, dtype=logits.dtype, device=logits.device)[:, None]
+    temperature = torch.tensor(heat, dtype=logits.dtype, device=device)[:, None]
+    # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / temperature
+    uniform = torch.tensor([row.draw() for row in rows], dtype=torch.float64, device=device)
+    tokens = torch.empty(len(rows), dtype=torch.long, device=device)
+    for cut in (False, True):
+        members = [i for i, row in enumerate(rows) if row.cut is cut]
+        if not members:
+            continue
+        index = torch.tensor(members, device=device)
+        if cut:
+            part, order = scaled[index].sort(dim=-1, descending=True, stable=True)
+            part = _cut_off(part, [rows[i].params for i in members])
+            picked = _invert(part, uniform[index])
+            tokens[index] = order.gather(1, picked[:, None])[:, 0]
+        else:
+            tokens[index] = _invert(scaled[index], uniform[index])
+    return tokens
+
+
+def _cut_off(sorted_logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """-inf for what top-k, nucleus (Holtzman et al. 2020) and min-p (Nguyen et al. 2024) exclude.
+
+    Args:
+        sorted_logits: [rows, vocab], best first; the best is always kept.
+    """
+    device = sorted_logits.device
+    vocab = sorted_logits.shape[1]
+    rank = torch.arange(vocab, device=device)
+    top_k = torch.tensor([p.top_k or vocab for p in params], device=device)[:, None]
     kept = sorted_logits.masked_fill(rank >= top_k, float("-inf"))
     probs = torch.softmax(kept, -1)
     top_p = torch.tensor([p.top_p for p in params], dtype=probs.dtype, device=device)[:, None]

@@ -8,7 +8,8 @@ request whatever its level. It plans; `local` runs the plan and reports back. A 
 
 Every step of one variant, `plan` decides in this order:
 1. every running sequence with one token left to compute decodes; if it needs a block and none is
-   left, the youngest running sequence on the pool is preempted (recomputed later), itself in the end;
+   left, the youngest running sequence on the pool is preempted (recomputed later), in the end
+   itself;
 2. waiting sequences are admitted oldest first while places and blocks last; nobody overtakes an
    older sequence of another variant that waits for blocks;
 3. sequences with more than one token left prefill, oldest first, together at most `prefill_chunk`
@@ -248,7 +249,7 @@ class Scheduler:
         return -(-tokens // self.pool.block_size)
 
     def _grow(self, seq: Sequence) -> None:
-        """Give `seq` the blocks for all its tokens, preempting the youngest until there are enough."""
+        """Give `seq` blocks for all its tokens, preempting the youngest until there are enough."""
         missing = self._blocks_for(len(seq.tokens)) - len(seq.blocks)
         while missing > 0:
             blocks = self.pool.allocate(missing)
