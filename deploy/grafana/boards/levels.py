@@ -1,0 +1,112 @@
+"""Every level of the ladder: size, speed, quality, state, use."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.models import dashboard as models
+
+from deploy.grafana.panels import (
+    BYTES,
+    PER_SECOND,
+    PLAIN,
+    SECONDS,
+    SHARE,
+    bars,
+    level_table,
+    lines,
+    page,
+    states,
+)
+from deploy.grafana.queries import (
+    PLACE,
+    SERVED,
+    card,
+    quantile,
+    rate,
+)
+
+STATES = ("absent", "building", "stored", "loading", "ready", "draining", "failed")
+
+
+def board() -> models.Dashboard:
+    columns = {
+        "stored": (card("variant_stored_bytes"), BYTES),
+        "resident": (card("variant_resident_bytes"), BYTES),
+        "compression": (card("compression_ratio"), PLAIN),
+        "speed-up": (card("speedup_ratio"), PLAIN),
+        "perplexity ratio": (card("variant_perplexity_ratio"), PLAIN),
+        "KL, nats": (card("variant_kl_nats"), PLAIN),
+        "top-1 agreement": (card("variant_top1_agreement"), SHARE),
+        "measured here": (card("variant_measured"), PLAIN),
+        "leases": (card("variant_leases"), PLAIN),
+    }
+    state = " + ".join(
+        f'{index} * max by (level) (pressgate_variant_state{{{PLACE}, state="{name}"}})'
+        for index, name in enumerate(STATES)
+        if index
+    )
+    return page(
+        "pressgate-levels",
+        "Pressgate / Levels",
+        "Every level of the ladder: size, speed, quality, state, use.",
+        {
+            "The ladder": (
+                level_table("Levels", "Cards, measured on this host or estimated.", columns),
+                states("State", "Of each level.", state, STATES),
+            ),
+            "Size, speed, quality": (
+                bars("Stored", "On disk.", {"{{level}}": card("variant_stored_bytes")}, BYTES),
+                bars(
+                    "Compression", "Dense / stored bytes.", {"{{level}}": card("compression_ratio")}
+                ),
+                bars(
+                    "Speed-up", "Of decoding against dense.", {"{{level}}": card("speedup_ratio")}
+                ),
+                bars(
+                    "Perplexity ratio",
+                    "Against dense; 1 is as good.",
+                    {"{{level}}": card("variant_perplexity_ratio")},
+                ),
+                bars("KL from dense", "In nats.", {"{{level}}": card("variant_kl_nats")}),
+                bars(
+                    "Top-1 agreement",
+                    "Share of tokens where dense would choose the same.",
+                    {"{{level}}": card("variant_top1_agreement")},
+                    SHARE,
+                ),
+            ),
+            "In use": (
+                lines(
+                    "Requests",
+                    "Per second by level.",
+                    {"{{level}}": rate("requests_total", SERVED, "level")},
+                    PER_SECOND,
+                ),
+                lines(
+                    "Generated tokens",
+                    "Per second by level.",
+                    {"{{level}}": rate("generation_tokens_total", SERVED, "level")},
+                ),
+                lines(
+                    "Time per output token, median",
+                    "By level, under the present load.",
+                    {"{{level}}": quantile(0.5, "time_per_output_token_seconds", by="level")},
+                    SECONDS,
+                ),
+                lines(
+                    "Time to first token, median",
+                    "By level, under the present load.",
+                    {"{{level}}": quantile(0.5, "time_to_first_token_seconds", by="level")},
+                    SECONDS,
+                ),
+                lines(
+                    "Weights in memory",
+                    "Levels share what they have in common.",
+                    {"{{level}}": card("variant_resident_bytes")},
+                    BYTES,
+                ),
+                lines(
+                    "Leases", "Requests that hold a level.", {"{{level}}": card("variant_leases")}
+                ),
+            ),
+        },
+    )
