@@ -1,0 +1,229 @@
+"""The policy store: matching, validation, persistence, hot reload."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
+from gateway.policy.policy import Match, Policy
+from gateway.policy.store import MAX_STORED, PolicyStore, RequestFacts, parse_policy
+
+Document = dict[str, Any]
+FAST = Policy(name="fast", match=Match(path="/v1/chat/completions"), tpot_ms=5)
+GOLD = Policy(name="gold", match=Match(header={"X-Tier": "gold"}, path="/v1/chat/completions"))
+TEAM = Policy(name="team", match=Match(api_key=("team-a",)))
+MODEL = Policy(name="model", match=Match(model="docs-17m"))
+NAMED = Policy(name="named-only", memory_mb=10)
+
+
+class SharedDocuments:
+    """Documents in memory, with every watcher told, as replicas on one Redis would be."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Document] = {}
+        self.watchers: list[Callable[[str, Document | None], None]] = []
+        self.broken = False
+
+    async def put(self, namespace: str, name: str, document: Document) -> None:
+        await asyncio.sleep(0)
+        if self.broken:
+            raise OSError(28, "No space left on device")
+        self.kept[name] = document
+        for tell in self.watchers:
+            tell(name, document)
+
+    async def delete(self, namespace: str, name: str) -> None:
+        await asyncio.sleep(0)
+        if self.broken:
+            raise OSError(28, "No space left on device")
+        self.kept.pop(name, None)
+        for tell in self.watchers:
+            tell(name, None)
+
+    async def all(self, namespace: str) -> dict[str, Document]:
+        return dict(self.kept)
+
+    async def watch(self, namespace: str, callback: Callable[[str, Document | None], None]) -> None:
+        self.watchers.append(callback)
+
+
+def store(*configured: Policy, documents: SharedDocuments | None = None) -> PolicyStore:
+    return PolicyStore(configured, documents or SharedDocuments())
+
+
+def asked(**changes: Any) -> RequestFacts:
+    return RequestFacts(
+        **{"api_key": None, "path": "/v1/chat/completions", "model": "other", **changes}
+    )
+
+
+@pytest.mark.parametrize(
+    ("facts", "named", "expected"),
+    [
+        pytest.param(asked(), None, "fast", id="path"),
+        pytest.param(asked(path="/v1/completions"), None, "default", id="nothing matches"),
+        pytest.param(asked(headers={"x-tier": "gold"}), None, "gold", id="two conditions beat one"),
+        pytest.param(asked(headers={"x-tier": "silver"}), None, "fast", id="another header value"),
+        pytest.param(asked(api_key="team-a"), None, "team", id="a key beats a path"),
+        pytest.param(asked(api_key="team-b"), None, "fast", id="another key"),
+        pytest.param(
+            asked(api_key="team-a", headers={"X-TIER": "gold"}), None, "gold", id="two beat a key"
+        ),
+        pytest.param(asked(model="docs-17m"), None, "model", id="a model beats a path"),
+        pytest.param(asked(api_key="team-a"), "named-only", "named-only", id="named explicitly"),
+        pytest.param(asked(), "team", "team", id="named, and no keys are in use"),
+        pytest.param(asked(), "default", "default", id="default by name"),
+    ],
+)
+def test_match(facts: RequestFacts, named: str | None, expected: str) -> None:
+    policies = store(FAST, GOLD, TEAM, MODEL, NAMED)
+    assert policies.match(facts, named).name == expected
+
+
+def test_match_does_not_depend_on_the_order_of_configuration() -> None:
+    one, other = Policy(name="a", match=Match(path="/x")), Policy(name="b", match=Match(path="/x"))
+    assert store(one, other).match(asked(path="/x")).name == "a"
+    assert store(other, one).match(asked(path="/x")).name == "a"
+
+
+def test_an_unknown_policy_is_refused_with_the_names_there_are() -> None:
+    with pytest.raises(NotFound, match="default, fast"):
+        store(FAST).match(asked(), "fsat")
+
+
+def test_a_policy_of_other_keys_cannot_be_taken_by_name() -> None:
+    with pytest.raises(Forbidden):
+        store(TEAM).match(asked(api_key="team-b"), "team")
+
+
+def test_default_always_exists_and_comes_last() -> None:
+    assert [policy.name for policy in store().list()] == ["default"]
+    assert [p.name for p in store(FAST, GOLD, NAMED).list()] == [
+        "gold",
+        "fast",
+        "named-only",
+        "default",
+    ]
+    loose = Policy(name="default", max_ppl_ratio=2.0)
+    assert store(loose).get("default").max_ppl_ratio == 2.0
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        pytest.param({"ttft": 3}, "ttft: unknown; allowed are ttft_ms", id="unknown key"),
+        pytest.param(
+            {"match": {"key": "x"}}, "match.key: unknown; allowed are api_key", id="match"
+        ),
+        pytest.param({"ttft_ms": -1}, "ttft_ms: .*greater than 0", id="negative"),
+        pytest.param({"ttft_ms": 1e30}, "ttft_ms: .*less than", id="absurd"),
+        pytest.param({"tpot_ms": float("nan")}, "tpot_ms", id="NaN"),
+        pytest.param({"max_ppl_ratio": 0.5}, "max_ppl_ratio: .*1", id="better than dense"),
+        pytest.param({"on_miss": "ignore"}, "on_miss: .*'wait', 'nearest' or 'reject'", id="enum"),
+        pytest.param({"objective": "cheap"}, "objective: .*'quality'", id="objective"),
+        pytest.param({"levels": "int8"}, "levels", id="not a list"),
+        pytest.param({"name": "other"}, "name: must be 'mine'", id="another name"),
+        pytest.param(["ttft_ms"], "object", id="not an object"),
+    ],
+)
+def test_a_bad_policy_is_refused_naming_the_field(document: Any, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message):
+        parse_policy("mine", document)
+
+
+@pytest.mark.parametrize("name", ["", "UPPER", "../etc", "a/b", "-a", "a" * 65])
+def test_a_bad_name_is_refused(name: str) -> None:
+    with pytest.raises(InvalidRequest, match="name"):
+        parse_policy(name, {})
+
+
+async def test_put_takes_effect_at_once_and_survives_a_restart() -> None:
+    documents = SharedDocuments()
+    policies = store(documents=documents)
+    await policies.load()
+    given = parse_policy("new", {"tpot_ms": 9, "match": {"path": "/x"}})
+    await policies.put(given)
+    assert policies.match(asked(path="/x")) == given
+    restarted = store(documents=documents)
+    await restarted.load()
+    assert restarted.get("new") == given
+
+
+async def test_replicas_follow() -> None:
+    documents = SharedDocuments()
+    here, there = store(documents=documents), store(documents=documents)
+    await here.load()
+    await there.load()
+    await here.put(Policy(name="new"))
+    assert there.get("new") == Policy(name="new")
+    await there.delete("new")
+    with pytest.raises(NotFound):
+        here.get("new")
+
+
+async def test_a_configured_policy_can_be_overridden_and_comes_back() -> None:
+    policies = store(FAST)
+    with pytest.raises(Conflict, match="configuration"):
+        await policies.delete("fast")
+    await policies.put(Policy(name="fast", tpot_ms=50))
+    assert policies.get("fast").tpot_ms == 50
+    await policies.delete("fast")
+    assert policies.get("fast") == FAST
+
+
+async def test_default_can_be_overridden_but_not_deleted() -> None:
+    policies = store()
+    with pytest.raises(Conflict):
+        await policies.delete("default")
+    await policies.put(Policy(name="default", objective="latency"))
+    assert policies.match(asked()).objective == "latency"
+    await policies.delete("default")
+    assert policies.match(asked()).objective == "quality"
+
+
+async def test_deleting_what_is_not_there() -> None:
+    with pytest.raises(NotFound):
+        await store().delete("nobody")
+
+
+async def test_when_nothing_can_be_stored_nothing_changes() -> None:
+    documents = SharedDocuments()
+    policies = store(documents=documents)
+    await policies.put(Policy(name="kept", tpot_ms=1))
+    documents.broken = True
+    with pytest.raises(Unavailable, match="No space left") as refused:
+        await policies.put(Policy(name="kept", tpot_ms=2))
+    assert refused.value.retry_after
+    with pytest.raises(Unavailable):
+        await policies.delete("kept")
+    assert policies.get("kept").tpot_ms == 1
+
+
+async def test_a_damaged_document_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    documents = SharedDocuments()
+    documents.kept = {"bad": {"ttft_ms": "soon"}, "good": {"tpot_ms": 4}}
+    policies = store(documents=documents)
+    await policies.load()
+    assert [policy.name for policy in policies.list()] == ["good", "default"]
+    assert "bad" in caplog.text
+
+
+async def test_the_number_of_policies_is_bounded() -> None:
+    documents = SharedDocuments()
+    documents.kept = {f"p{number}": {} for number in range(MAX_STORED)}
+    policies = store(documents=documents)
+    await policies.load()
+    with pytest.raises(Conflict):
+        await policies.put(Policy(name="one-more"))
+    await policies.put(Policy(name="p0", tpot_ms=3))
+
+
+async def test_a_reader_keeps_the_policy_it_has() -> None:
+    policies = store(FAST)
+    mine = policies.match(asked())
+    await policies.put(Policy(name="fast", tpot_ms=50))
+    assert mine.tpot_ms == 5
