@@ -1,0 +1,78 @@
+"""Random forms of every scheme, small and odd-shaped."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from compressors.tensor import Dense, Grouped, LinearForm, LowRank, Sparse24
+
+
+def grouped(
+    shape: tuple[int, int],
+    *,
+    bits: int = 4,
+    group: int = 64,
+    zeros: str = "symmetric",
+    perm: bool = False,
+) -> Grouped:
+    """`zeros`: symmetric, whole (asymmetric), fraction (HQQ) or far (outside the code range)."""
+    n, k = shape
+    group = min(group, k)
+    groups = -(-k // group)
+    offsets = {
+        "symmetric": torch.full((n, groups), 2.0 ** (bits - 1)),
+        "whole": torch.randint(0, 2**bits, (n, groups)).float(),
+        "fraction": torch.rand(n, groups) * 2**bits,
+        "far": torch.randn(n, groups) * 500,
+    }
+    index = (torch.arange(k) // group)[torch.randperm(k)].to(torch.int32)
+    return Grouped(
+        codes=torch.randint(0, 2**bits, (n, k), dtype=torch.uint8),
+        scales=torch.rand(n, groups) * 0.01 + 1e-4,
+        zeros=offsets[zeros],
+        bits=bits,
+        group=group,
+        perm=index if perm else None,
+    )
+
+
+def dense(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Dense:
+    return Dense(torch.randn(shape).to(dtype))
+
+
+def kept(shape: tuple[int, int]) -> Tensor:
+    """A random 2:4 index, uint8 [N, K/2]."""
+    n, k = shape
+    picks = torch.rand(n * k // 4, 4).topk(2).indices.sort().values
+    return picks.reshape(n, k // 2).to(torch.uint8)
+
+
+def sparse(shape: tuple[int, int], values: LinearForm | None = None) -> Sparse24:
+    return Sparse24(values or dense((shape[0], shape[1] // 2)), kept(shape))
+
+
+def every(n: int = 33, k: int = 100) -> dict[str, LinearForm]:
+    """One form per kind of storage and kernel; k is a multiple of 4."""
+    forms: dict[str, LinearForm] = {
+        f"int{bits}": grouped((n, k), bits=bits, group=32, zeros="whole") for bits in range(2, 9)
+    }
+    forms |= {
+        "int8-channel": grouped((n, k), bits=8, group=k),
+        "int4-sym": grouped((n, k)),
+        "int4-fraction": grouped((n, k), zeros="fraction"),
+        "int4-far": grouped((n, k), zeros="far"),
+        "int4-ragged": grouped((n, k), group=20),
+        "int4-act-order": grouped((n, k), group=32, zeros="whole", perm=True),
+        "int3-act-order": grouped((n, k), bits=3, group=20, perm=True),
+        "bf16": dense((n, k)),
+        "fp16": dense((n, k), torch.float16),
+        "fp32": dense((n, k), torch.float32),
+        "sparse": sparse((n, k)),
+        "sparse-fp32": sparse((n, k), dense((n, k // 2), torch.float32)),
+        "sparse-int8": sparse((n, k), grouped((n, k // 2), bits=8, group=k)),
+        "sparse-int4": sparse((n, k), grouped((n, k // 2), group=32)),
+        "lowrank": LowRank(dense((n, 7)), dense((7, k))),
+        "lowrank-int8": LowRank(dense((n, 8)), grouped((8, k), bits=8, group=k)),
+    }
+    return forms
