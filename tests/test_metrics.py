@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.config import FakeModel
+from gateway.config import FakeModel, Model
 from gateway.metrics import Finished, Metrics
 from gateway.variants.fake_backend import FakeBackend
 from gateway.variants.jobs import Job, JobState
@@ -98,7 +98,7 @@ def test_cache_and_redis_events(metrics: Metrics) -> None:
     metrics.cache_evicted("disk", 2)
     metrics.cache_corrupted("disk")
     metrics.redis_up(False)
-    metrics.watch_cache_bytes("disk", lambda: 12.0)
+    metrics.cache_bytes("disk", 12.0)
     assert value(metrics, "cache_hits_total", tier="disk") == 1
     assert value(metrics, "cache_misses_total", tier="redis") == 1
     assert value(metrics, "cache_evictions_total", tier="disk") == 2
@@ -108,11 +108,12 @@ def test_cache_and_redis_events(metrics: Metrics) -> None:
 
 
 async def test_level_gauges_are_read_from_the_pool_at_each_scrape(metrics: Metrics) -> None:
-    backend = FakeBackend("m", FakeModel(tpot_ms=0.1), ("int8",))
+    backend = FakeBackend(Model(id="m", fake=FakeModel(tpot_ms=0.1)), ("int8",))
     pool = VariantPool([backend], memory_budget=10**9, max_jobs=4)
     metrics.watch(pool)
     metrics.render()  # a scrape before the pool has started must not fail
-    await pool.start()
+    await pool.open()
+    await pool.load_defaults()
     assert value(metrics, "variant_state", state="absent", **PLACE) == 1
     assert value(metrics, "variant_state", state="ready", **PLACE) == 0
     assert value(metrics, "variant_resident_bytes", **PLACE) == 0

@@ -8,11 +8,8 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from gateway.api import console, explain, health, levels, openai, policies
-from gateway.api.auth import AuthMiddleware
 from gateway.api.deps import Services
-from gateway.api.limits import BodyLimitMiddleware
-from gateway.api.problems import install_error_handlers
+from gateway.app import make_app
 from gateway.config import FakeModel, Limits, Model, Settings
 from gateway.engine.base import GenerationRequest
 from gateway.engine.fake import FakeEngine, FakeSpeed, Fault
@@ -53,7 +50,7 @@ class WatchedBackend(FakeBackend):
     """The stand-in model with engines whose requests are kept and whose faults can be set."""
 
     def __init__(self, options: FakeModel, speed: FakeSpeed, model: str = MODEL) -> None:
-        super().__init__(model, options, LEVELS)
+        super().__init__(Model(id=model, path="fake", fake=options), LEVELS)
         self.speed = speed
         self.seen: list[GenerationRequest] = []
         self.fault: Fault | None = None
@@ -96,7 +93,8 @@ class Gateway:
         self.metrics.watch(self.pool)
         store = PolicyStore(self.settings.policies, Documents())
         await store.load()
-        await self.pool.start()
+        await self.pool.open()
+        await self.pool.load_defaults()
         self.admission = Admission(self.settings.limits)
         self.services = Services(
             settings=self.settings,
@@ -129,14 +127,3 @@ def make_settings(**changes: Any) -> Settings:
         "limits": Limits(max_body_bytes=64 * 1024),
     }
     return Settings(**(values | changes))
-
-
-def make_app(services: Services) -> FastAPI:
-    app = FastAPI(title="Pressgate")
-    app.state.services = services
-    for module in (openai, policies, explain, levels, health, console):
-        app.include_router(module.router)
-    install_error_handlers(app)
-    app.add_middleware(BodyLimitMiddleware, max_bytes=services.settings.limits.max_body_bytes)
-    app.add_middleware(AuthMiddleware, keys=services.settings.api_keys)
-    return app
