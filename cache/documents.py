@@ -118,7 +118,8 @@ class Documents:
     async def watch(self, namespace: str, callback: WatchFn) -> Callable[[], None]:
         """Call `callback` for every later change, made here or on any replica.
 
-        Returns what ends the watch. After Redis was away, changes that happened meanwhile are reported once each.
+        Returns what ends the watch. Changes that happened while Redis was away are reported once
+        each when it is back.
         """
         entries = await in_thread(self._read_all, check_namespace(namespace))
         for name, entry in [*entries.items(), *(await self._remote_all(namespace)).items()]:

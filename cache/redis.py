@@ -9,6 +9,7 @@ the methods here return "not there" or "not stored" and never an error of Redis.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
@@ -176,17 +177,12 @@ class RedisStore:
         absent = await self._absent(manifest)
         need = sum(manifest.blobs[digest] for digest in absent) + len(data)
         if not await self._make_room(need, keep=manifest):
+            log.info("artifact %s is not shared: Redis has no room for it", manifest.key)
             return False
         views = {record.digest: artifact.tensor(n) for n, record in manifest.tensors.items()}
         todo = [chunk for digest in absent for chunk in chunks_of(digest, manifest.blobs[digest])]
         try:
-            try:
-                await self._upload(todo, views)
-            except RedisRefused:
-                # The server's own limit is below our budget: give something up and try once more.
-                if not await self._make_room(need, keep=manifest, full=True):
-                    raise
-                await self._upload(todo, views)
+            await self._upload(todo, views)
             return await self._publish(manifest, data)
         except RedisRefused as error:
             log.warning("artifact %s does not fit into Redis: %s", manifest.key, error)
@@ -235,22 +231,28 @@ class RedisStore:
         counts = await self.link.call(ask)
         return [d for (d, names), n in zip(wanted, counts, strict=True) if n < len(names)]
 
-    async def _make_room(self, need: int, keep: Manifest, *, full: bool = False) -> bool:
-        """Have `need` bytes free in the budget, or give up that many when the server is `full`."""
+    async def _make_room(self, need: int, keep: Manifest) -> bool:
+        """Have `need` bytes free in our budget and under the server's own limit; evict for it."""
         candidates = await self._candidates({keep.key})
         held = {d: n for c in candidates for d, n in c.blobs.items()}
-        excess = need if full else sum(held.values()) + need - self.budget
+        excess: float = need - min(self.budget - sum(held.values()), await self._server_room())
         if excess <= 0:
             return True
         # Blobs of the newcomer count as pinned: it is about to need them.
         newcomer = Candidate(key="", blobs=keep.blobs, pinned=True)
-        victims = choose_victims([*candidates, newcomer], excess)
+        victims = choose_victims([*candidates, newcomer], math.ceil(excess))
         if not victims:
             return False
         await self._remove(victims, [*candidates, newcomer])
         for key in victims:
             self._on_event(Event.EVICTION, key)
         return True
+
+    async def _server_room(self) -> float:
+        """Bytes below the server's `maxmemory`, less a sixteenth for its own needs."""
+        answer = await self.link.command("INFO", "memory")
+        limit, used = int(answer["maxmemory"]), int(answer["used_memory"])
+        return limit - limit // 16 - used if limit else math.inf
 
     async def _remove(self, keys: Collection[str], candidates: Sequence[Candidate]) -> None:
         """Delete manifests first, then the chunks no other candidate names."""
