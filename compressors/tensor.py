@@ -1,8 +1,8 @@
 """Compressed forms of one linear layer: what a method returns and what a kernel computes from.
 
 A form is a frozen bundle of tensors in one *canonical* layout, independent of any kernel. Weights
-are always `[out_features, in_features]` (N × K), as in `torch.nn.Linear`. `dense()` is the reference
-meaning of every form; kernels are tested against it. Sub-byte codes travel unpacked here (one uint8
+are always `[out_features, in_features]` (N × K), as in `torch.nn.Linear`. `dense()` is the meaning
+of every form by definition; kernels are tested against it. Sub-byte codes travel unpacked here (one uint8
 per code); `compressors.packing` packs them, kernels choose their own storage layout.
 """
 

@@ -1,0 +1,109 @@
+"""One linear through its steps: float32 weight and statistics in, compressed form out.
+
+Pure tensors; knows how steps stack, not where weights come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compressors import gram
+from compressors.prune.magnitude import columns_of, mask_of
+from compressors.recipe import Step
+from compressors.registry import METHODS
+from compressors.tensor import Dense, Grouped, LinearForm, LowRank, Sparse24
+
+Statistics = Mapping[str, Any]
+"""Method name → its statistic of this layer's inputs, for methods that need one."""
+
+
+def compress_linear(
+    weight: Tensor,
+    steps: tuple[Step, ...],
+    statistics: Statistics,
+    *,
+    rank: int,
+    dtype: torch.dtype,
+) -> LinearForm:
+    """Apply `steps` to weight [N, K] (float32); values left unquantized are stored in `dtype`.
+
+    Raises:
+        ValueError: the weight or a statistic is not finite.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight is not finite")
+    form: LinearForm = Dense(weight)
+    for step in steps:
+        solve, statistic = METHODS[step.method].load(), statistics.get(step.method)
+        if step.kind == "lowrank":
+            form = solve(weight, statistic, rank=rank)
+        elif step.kind == "sparse24":
+            form = solve(weight, statistic)
+        else:
+            form = _quantize(form, weight, step, statistic)
+    return stored_as(form, dtype)
+
+
+def stored_as(form: LinearForm, dtype: torch.dtype) -> LinearForm:
+    """The form with every dense part in `dtype`."""
+    if isinstance(form, Dense):
+        return Dense(form.weight.to(dtype))
+    if isinstance(form, Sparse24):
+        return Sparse24(stored_as(form.values, dtype), form.index)
+    if isinstance(form, LowRank):
+        return LowRank(stored_as(form.left, dtype), stored_as(form.right, dtype))
+    return form
+
+
+def form_bytes(form: LinearForm) -> int:
+    """Bytes of the form's facts: codes bit-packed, scales and zeros in 16 bits, 2 bits an index."""
+    if isinstance(form, Dense):
+        return form.weight.numel() * form.weight.element_size()
+    if isinstance(form, Grouped):
+        per_group = 2 if form.symmetric else 4
+        permutation = 0 if form.perm is None else 4 * form.perm.numel()
+        codes = -(-form.codes.numel() * form.bits // 8)
+        return codes + form.scales.numel() * per_group + permutation
+    if isinstance(form, Sparse24):
+        return form_bytes(form.values) + -(-form.index.numel() * 2 // 8)
+    if isinstance(form, LowRank):
+        return form_bytes(form.left) + form_bytes(form.right)
+    raise TypeError(f"unknown form {type(form).__name__}")
+
+
+def _quantize(form: LinearForm, weight: Tensor, step: Step, statistic: Any) -> LinearForm:
+    if isinstance(form, Dense):
+        return _solve(form.weight, step, statistic)
+    if isinstance(form, LowRank):
+        right = _solve(form.right.dense(), step, statistic)
+        if statistic is not None:  # the left factor's inputs are what the right one gives
+            statistic = gram.project(statistic, right.dense())
+        return LowRank(_solve(form.left.dense(), step, statistic), right)
+    assert isinstance(form, Sparse24)
+    if statistic is None:
+        return replace(form, values=_solve(form.values.dense(), step, None))
+    # Jointly with the pruning: what is dropped is repaired like a rounding error. Two of four
+    # columns stay, so a group of kept values spans twice as many columns.
+    wide = replace(step, group=None if step.group is None else 2 * step.group)
+    full = _solve(weight, wide, statistic, mask=mask_of(form.index))
+    codes = full.codes.gather(1, columns_of(form.index))
+    group = step.group_columns(codes.shape[1])
+    return replace(form, values=Grouped(codes, full.scales, full.zeros, full.bits, group))
+
+
+def _solve(weight: Tensor, step: Step, statistic: Any, **extra: Any) -> Grouped:
+    solve = METHODS[step.method].load()
+    form: Grouped = solve(
+        weight,
+        statistic,
+        bits=step.bits,
+        group=step.group_columns(weight.shape[1]),
+        symmetric=step.symmetric,
+        **extra,
+    )
+    return form

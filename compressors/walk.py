@@ -1,0 +1,270 @@
+"""Walking a model block by block over calibration windows, one block's weights in memory at a time.
+
+Owns the activations between blocks and the filling and freeing of weights; knows no method. The
+model's own forward code runs: its blocks are stubbed once to learn how each is called (masks,
+rotary embeddings, positions), then every block is called alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressors.base import CompressionError
+from compressors.model import Blocks, Checkpoint, set_tensor
+
+BATCH_TOKENS = 4096
+Observer = Callable[[Tensor], None]
+
+
+class _Stop(Exception):
+    """Ends a forward pass early."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """How the model calls one block, besides the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Source:
+    """A model to be filled: skeleton, its blocks, and where every parameter comes from.
+
+    Attributes:
+        names: parameter name → tensor name in the checkpoint (`model.source_names`).
+    """
+
+    checkpoint: Checkpoint
+    model: nn.Module
+    blocks: Blocks
+    names: Mapping[str, str]
+
+    def of_block(self, index: int) -> dict[str, str]:
+        """Parameter name inside block `index` → tensor name in the checkpoint."""
+        prefix = self.blocks.prefix(index) + "."
+        return {n.removeprefix(prefix): s for n, s in self.names.items() if n.startswith(prefix)}
+
+    def outside(self) -> dict[str, str]:
+        """The same for everything that is in no block, by full name."""
+        prefix = self.blocks.path + "."
+        return {n: s for n, s in self.names.items() if not n.startswith(prefix)}
+
+
+@dataclass
+class Walk:
+    """Hidden states of every window before some block, and the means to carry them further.
+
+    Attributes:
+        windows: token ids int64 [n, length].
+        dtype: computed in; None is the checkpoint's own, for which the CPU copies no weight.
+        hidden: batches [B, length, hidden size], the inputs of the next block.
+    """
+
+    source: Source
+    windows: Tensor
+    dtype: torch.dtype | None = torch.float32
+    device: torch.device | str = "cpu"
+    hidden: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._tuples = False
+        self._calls: dict[int, list[_Call]] = {}
+        self._fill_outside()
+        size = max(1, BATCH_TOKENS // self.windows.shape[1])
+        self.tokens = [
+            self.windows[i : i + size].to(self.device) for i in range(0, len(self.windows), size)
+        ]
+        with torch.no_grad():
+            self.hidden = [self._embed(tokens) for tokens in self.tokens]
+
+    def load(self, index: int) -> nn.Module:
+        """Fill block `index` with the checkpoint's weights and return it."""
+        block = self.source.blocks.modules[index]
+        for name, stored in self.source.of_block(index).items():
+            set_tensor(block, name, self._tensor(stored))
+        return block
+
+    def free(self, index: int) -> None:
+        """Let go of block `index`'s weights."""
+        block = self.source.blocks.modules[index]
+        for name, tensor in list(block.named_parameters()):
+            set_tensor(block, name, tensor.detach().to("meta"))
+
+    @torch.no_grad()
+    def run(self, index: int, hidden: Tensor) -> Tensor:
+        """Block `index` (loaded) on one batch of hidden states."""
+        call = self._calls[len(hidden)][index]
+        out = self.source.blocks.modules[index](hidden, *call.args, **call.kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def advance(self, index: int) -> None:
+        """Carry every batch through block `index`, in place."""
+        for i, hidden in enumerate(self.hidden):
+            self.hidden[i] = self.run(index, hidden)
+
+    def input_groups(self, index: int, names: Sequence[str]) -> list[list[str]]:
+        """The linears of block `index` in order of execution, those with one input together.
+
+        Linears that the block does not call are left out.
+        """
+        block = self.source.blocks.modules[index]
+        seen: list[tuple[str, Tensor]] = []  # inputs are held, so that no address is used twice
+
+        def seer(name: str) -> Observer:
+            return lambda x: seen.append((name, x))
+
+        with _hooks(block, {name: seer(name) for name in names}):
+            self.run(index, self.hidden[0])
+        groups: list[tuple[Tensor, list[str]]] = []
+        done: set[str] = set()
+        for name, x in seen:
+            if name in done:
+                continue
+            done.add(name)
+            if groups and _same(groups[-1][0], x):
+                groups[-1][1].append(name)
+            else:
+                groups.append((x, [name]))
+        return [group for _, group in groups]
+
+    def observe(self, index: int, name: str, observer: Observer) -> None:
+        """Give `observer` the input of linear `name` of block `index`, batch by batch."""
+
+        def stop_after(x: Tensor) -> None:
+            observer(x)
+            raise _Stop
+
+        with _hooks(self.source.blocks.modules[index], {name: stop_after}):
+            for hidden in self.hidden:
+                try:
+                    self.run(index, hidden)
+                except _Stop:
+                    continue
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """What the model makes of the last block's output: final norm and head, [B, length, V]."""
+        last = len(self.source.blocks) - 1
+
+        def stub(index: int, call: _Call, given: Tensor) -> Tensor:
+            return hidden if index == last else given
+
+        with self._stubbed(stub):
+            out: Tensor = self.source.model(input_ids=tokens, use_cache=False).logits
+        return out
+
+    def _tensor(self, stored: str) -> Tensor:
+        tensor = self.source.checkpoint.tensor(stored)
+        dtype = self.dtype if tensor.is_floating_point() else None
+        return tensor.to(device=self.device, dtype=dtype or tensor.dtype)
+
+    def _fill_outside(self) -> None:
+        """Fill embeddings, norms and head. With a dtype of our own, big tables stay as they are
+        stored and only what they give is converted."""
+        model = self.source.model
+        tables = {
+            f"{path}.{name}" if path else name
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Embedding)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
+        for name, stored in self.source.outside().items():
+            owner = model.get_submodule(name.rpartition(".")[0])
+            if name in tables or owner is head:
+                set_tensor(model, name, self.source.checkpoint.tensor(stored).to(self.device))
+            else:
+                set_tensor(model, name, self._tensor(stored))
+        for name, buffer in list(model.named_buffers()):
+            if buffer.device != torch.device(self.device):
+                set_tensor(model, name, buffer.to(self.device))
+        if self.dtype is None:
+            return
+        for module in model.modules():
+            if isinstance(module, nn.Embedding):
+                module.register_forward_hook(lambda _m, _i, out: out.to(self.dtype))
+        if isinstance(head, nn.Linear):
+            head.register_forward_pre_hook(lambda m, args: (args[0].to(m.weight.dtype),))
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Hidden states before the first block; remembers how blocks are called for this size."""
+        calls: list[_Call] = []
+        inputs: list[Tensor] = []
+        last = len(self.source.blocks) - 1
+
+        def record(index: int, call: _Call, given: Tensor) -> Tensor:
+            calls.append(call)
+            inputs.append(given)
+            if index == last:
+                raise _Stop
+            return given
+
+        for tuples in (self._tuples, True):
+            self._tuples = tuples
+            calls.clear()
+            inputs.clear()
+            try:
+                with self._stubbed(record):
+                    self.source.model(input_ids=tokens, use_cache=False)
+            except _Stop:
+                # A model that unpacks tuples has cut a dimension off a bare tensor.
+                if all(x.shape == inputs[0].shape for x in inputs):
+                    break
+            except (TypeError, ValueError, IndexError, RuntimeError):
+                if tuples:
+                    raise
+        else:
+            raise CompressionError(
+                f"{type(self.source.model).__name__}: its decoder blocks cannot be run one by one"
+            )
+        self._calls.setdefault(len(tokens), calls)
+        return inputs[0]
+
+    @contextmanager
+    def _stubbed(self, stub: Callable[[int, _Call, Tensor], Tensor]) -> Iterator[None]:
+        """Every block's forward replaced by `stub(index, call, hidden)`."""
+
+        def forward_of(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                given = args[0] if args else kwargs.pop("hidden_states")
+                out = stub(index, _Call(args[1:], kwargs), given)
+                return (out,) if self._tuples else out
+
+            return forward
+
+        modules = self.source.blocks.modules
+        try:
+            for index, block in enumerate(modules):
+                block.forward = forward_of(index)
+            yield
+        finally:
+            for block in modules:
+                block.__dict__.pop("forward", None)
+
+
+@contextmanager
+def _hooks(block: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None]:
+    handles = [
+        block.get_submodule(name).register_forward_pre_hook(
+            lambda _module, args, observer=observer: observer(args[0])
+        )
+        for name, observer in observers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
