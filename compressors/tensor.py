@@ -2,8 +2,8 @@
 
 A form is a frozen bundle of tensors in one *canonical* layout, independent of any kernel. Weights
 are always `[out_features, in_features]` (N × K), as in `torch.nn.Linear`. `dense()` is the meaning
-of every form by definition; kernels are tested against it. Sub-byte codes travel unpacked here (one uint8
-per code); `compressors.packing` packs them, kernels choose their own storage layout.
+of every form by definition; kernels are tested against it. Sub-byte codes travel unpacked here (one
+uint8 per code); `compressors.packing` packs them, kernels choose their own storage layout.
 """
 
 from __future__ import annotations
