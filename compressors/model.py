@@ -351,6 +351,13 @@ def decoder_blocks(model: nn.Module) -> Blocks:
     return Blocks(best[1], best[2])
 
 
+def block_share(checkpoint: Checkpoint) -> float:
+    """The share of the model's parameters that its decoder blocks hold, 0..1; no data is read."""
+    model = build_skeleton(checkpoint.config)
+    inside = sum(p.numel() for p in decoder_blocks(model).modules.parameters())
+    return inside / max(1, sum(p.numel() for p in model.parameters()))
+
+
 def is_transposed(module: nn.Module) -> bool:
     """Whether the module is GPT-2's Conv1D, which keeps its weight as [K, N]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

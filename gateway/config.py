@@ -39,6 +39,7 @@ DEFAULT_LEVELS = (
     "lowrank-80",
     "sparse24-wanda",
 )
+LADDERS = "ladders"  # document namespace of searched ladders, by model id
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

@@ -207,9 +207,8 @@ class Metrics:
     def cache_corrupted(self, tier: Tier) -> None:
         self._corruptions.labels(tier).inc()
 
-    def watch_cache_bytes(self, tier: Tier, read: Callable[[], float]) -> None:
-        """`read` is called at every scrape and must be quick."""
-        self._bytes.labels(tier).set_function(read)
+    def cache_bytes(self, tier: Tier, size: float) -> None:
+        self._bytes.labels(tier).set(size)
 
     def redis_up(self, up: bool) -> None:
         self._redis_up.set(1.0 if up else 0.0)

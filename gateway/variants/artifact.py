@@ -5,17 +5,22 @@ The only file that knows both torch dtypes and manifest records.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cache.disk import Artifact, ArtifactWriter
+from cache.artifact import Artifact
 from cache.manifest import ModuleRecord, TensorRecord
+from cache.writer import ArtifactWriter
+from compressors.export.model import CompressedModel
+from compressors.export.reader import read_gptq
+from compressors.export.writer import write_gptq
+from compressors.model import Checkpoint, build_skeleton, source_names
 from compressors.tensor import LinearForm, StoredLinear
-from gateway.engine.kernels.store import pack
+from gateway.engine.kernels.store import pack, unpack
 from gateway.engine.runner import VariantWeights
 
 _DTYPES = {
@@ -47,10 +52,10 @@ class ArtifactSink:
 
     def tensor(self, name: str, tensor: Tensor) -> None:
         flat = tensor.detach().cpu().contiguous()
-        data = flat.reshape(-1).view(torch.uint8).numpy() if flat.numel() else b""
-        self.tensors[name] = self._writer.put(
-            name, memoryview(data), _NAMES[flat.dtype], tuple(flat.shape)
-        )
+        data = memoryview(b"")
+        if flat.numel():
+            data = flat.reshape(-1).view(torch.uint8).numpy().data
+        self.tensors[name] = self._writer.put(name, data, _NAMES[flat.dtype], tuple(flat.shape))
 
     def linear(self, module: str, form: LinearForm) -> None:
         stored = pack(form)
@@ -85,11 +90,49 @@ def weights_of(artifact: Artifact, dtype: torch.dtype) -> VariantWeights:
     return VariantWeights(config=manifest.config, tensors=plain, linears=linears, dtype=dtype)
 
 
+def dense_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> VariantWeights:
+    """The checkpoint itself as a variant; tensors of `dtype` stay views of its mapped files.
+
+    Raises:
+        CheckpointError: a parameter is missing or misshapen.
+    """
+    names = source_names(checkpoint, build_skeleton(checkpoint.config))
+    tensors = {name: checkpoint.tensor(source) for name, source in names.items()}
+    return VariantWeights(config=checkpoint.config, tensors=tensors, linears={}, dtype=dtype)
+
+
+def imported_weights(folder: Path, dtype: torch.dtype) -> VariantWeights:
+    """A GPTQ checkpoint as a variant: its codes in our kernels' layout, held in memory.
+
+    Raises:
+        CompressionError: not a GPTQ checkpoint, or malformed; the message names the tensor.
+    """
+    model = read_gptq(folder)
+    return VariantWeights(
+        config=model.config,
+        tensors=model.tensors,
+        linears={module: pack(form) for module, form in model.forms.items()},
+        dtype=dtype,
+    )
+
+
+def export_gptq(artifact: Artifact, folder: Path, tokenizer_from: Path) -> Path:
+    """Write the artifact as a checkpoint that AutoGPTQ, GPTQModel, transformers and vLLM load.
+
+    Raises:
+        CompressionError: the level has no GPTQ form (only group-quantized linears do).
+    """
+    weights = weights_of(artifact, torch.float32)
+    model = CompressedModel(
+        config=weights.config,
+        tensors=weights.tensors,
+        forms={module: unpack(stored) for module, stored in weights.linears.items()},
+    )
+    return write_gptq(folder, model, tokenizer_from=tokenizer_from)
+
+
 def _tensor(artifact: Artifact, name: str, record: TensorRecord) -> Tensor:
     dtype = _DTYPES[record.dtype]
     if not record.nbytes:
         return torch.empty(record.shape, dtype=dtype)
-    with warnings.catch_warnings():
-        # The map is read-only by intent; nothing writes to weights.
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return torch.frombuffer(artifact.tensor(name), dtype=dtype).reshape(record.shape)
+    return torch.frombuffer(artifact.tensor(name), dtype=dtype).reshape(record.shape)

@@ -31,14 +31,19 @@ _SPEED_FIELDS = {
 }
 
 
-def host_name(device: str, threads: int) -> str:
-    """A short fingerprint of what speed depends on: processor model, threads, device."""
-    processor = platform.processor() or platform.machine()
+def processor_name() -> str:
+    """What the processor calls itself."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0] if names else processor
-    text = f"{processor}|{os.cpu_count()}|{device}|{threads}"
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def host_name(device: str, threads: int) -> str:
+    """A short fingerprint of what speed depends on: processor model, threads, device."""
+    text = f"{processor_name()}|{os.cpu_count()}|{device}|{threads}"
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -72,7 +77,9 @@ class CardBook:
         return other.model_copy(update=_SPEED_FIELDS)
 
     def measured_here(self, key: str) -> bool:
-        return self._host in self._cards.get(key, {})
+        """This host has timed the variant."""
+        card = self._cards.get(key, {}).get(self._host)
+        return card is not None and bool(card.decode_tokens_per_s)
 
     async def put(self, key: str, card: Card) -> None:
         card = card.model_copy(update={"host": self._host})

@@ -11,7 +11,7 @@ import time
 
 from compressors.recipe import Recipe
 from compressors.registry import estimate
-from gateway.config import FakeModel
+from gateway.config import FakeModel, Model
 from gateway.engine.base import TextCodec
 from gateway.engine.fake import FakeEngine, FakeSpeed, FakeTokenizer
 from gateway.variants.backend import LevelSpec, Loaded, ProgressFn
@@ -30,9 +30,9 @@ class FakeBackend:
     max_running = 64
     default_level = "bf16"
 
-    def __init__(self, model: str, options: FakeModel, levels: tuple[str, ...]) -> None:
-        self.model = model
-        self._options = options
+    def __init__(self, model: Model, levels: tuple[str, ...]) -> None:
+        self.model = model.id
+        self._options = model.fake or FakeModel()
         self._recipes = {name: Recipe.parse(name) for name in (self.default_level, *levels)}
         self._built = {name for name, recipe in self._recipes.items() if not recipe.steps}
         self._tokenizer = FakeTokenizer()

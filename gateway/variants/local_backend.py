@@ -10,14 +10,16 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from blake3 import blake3
 
 from cache.errors import CacheError
 from cache.keys import variant_key
-from cache.single_flight import Claim, SingleFlight
+from cache.lock import Claim
+from cache.single_flight import SingleFlight
 from cache.tiered import ArtifactStore
 from compressors.recipe import Recipe
 from compressors.registry import estimate
@@ -25,7 +27,7 @@ from gateway.config import Model, Settings, Upstream
 from gateway.engine.base import TextCodec
 from gateway.engine.tokenizer import Tokenizer, load_tokenizer
 from gateway.engine.upstream import UpstreamEngine
-from gateway.errors import ModelError
+from gateway.errors import InvalidRequest, ModelError
 from gateway.variants.backend import LevelSpec, Loaded, ProgressFn
 from gateway.variants.card import Card
 from gateway.variants.cards import CardBook
@@ -33,6 +35,7 @@ from gateway.variants.jobs import BuildFailed, run_worker
 from gateway.variants.spec import BuildSpec
 
 if TYPE_CHECKING:
+    from compressors.export.reader import GptqConfig
     from compressors.model import Checkpoint
     from gateway.engine.local import LocalRuntime
     from gateway.engine.runner import VariantWeights
@@ -46,6 +49,52 @@ _BUILD_RATE = {False: 50e6, True: 2e6}  # by "needs calibration"
 _BUILD_OVERHEAD_S = 15.0
 
 
+class Runtime:
+    """The engine runtime, started by the first load: torch is not imported before that."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._runtime: LocalRuntime | None = None
+        self.threads = settings.threads or os.cpu_count() or 1
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of KV pools that exist now."""
+        return self._runtime.kv_bytes if self._runtime is not None else 0
+
+    @cached_property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """Where variants run; asking imports torch when the configuration says `auto`."""
+        if self._settings.device != "auto":
+            return self._settings.device
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
+    def get(self) -> LocalRuntime:
+        from gateway.engine.local import LocalOptions, LocalRuntime
+
+        if self._runtime is None:
+            engine = self._settings.engine
+            self._runtime = LocalRuntime(
+                LocalOptions(
+                    device=self.device,
+                    threads=self.threads,
+                    max_num_seqs=engine.max_num_seqs,
+                    max_waiting=engine.max_waiting,
+                    prefill_chunk=engine.prefill_chunk,
+                    block_size=engine.block_size,
+                    kv_bytes=int(self._settings.memory_budget * engine.kv_fraction),
+                    prefix_cache=engine.prefix_cache,
+                )
+            )
+        return self._runtime
+
+    async def close(self) -> None:
+        if self._runtime is not None:
+            await self._runtime.close()
+
+
 @dataclass(frozen=True, slots=True)
 class Shared:
     """What all local models of a gateway share."""
@@ -54,7 +103,7 @@ class Shared:
     store: ArtifactStore
     flight: SingleFlight
     cards: CardBook
-    runtime: LocalRuntime
+    runtime: Runtime
 
 
 class LocalBackend:
@@ -77,34 +126,45 @@ class LocalBackend:
         self._names = levels
         self._recipes: dict[str, Recipe] = {}
         self._upstream: Mapping[str, Upstream] = model.upstream
+        self._native = ""
+        self._imported: GptqConfig | None = None
         self._checkpoint: Checkpoint | None = None
         self._tokenizer: Tokenizer | None = None
         self._source = ""
+        self._linear_share = 1.0
         self._keys: dict[str, str] = {}
         self._known_cards: dict[str, Card] = {}  # asked for on every request
 
     @property
     def tokenizer(self) -> TextCodec:
-        assert self._tokenizer is not None
-        return self._tokenizer
+        return self._native_tokenizer()
 
     async def start(self) -> None:
         await asyncio.to_thread(self._open)
 
     def _open(self) -> None:
-        from compressors.model import Checkpoint, CheckpointError, parse_config
-        from gateway.engine.tokenizer import TokenizerError
+        from compressors.base import CompressionError
+        from compressors.export.reader import gptq_config
+        from compressors.model import Checkpoint, block_share, parse_config
 
         try:
             self._checkpoint = Checkpoint(self._folder)
             parsed = parse_config(self._checkpoint.config)
             self._tokenizer = load_tokenizer(self._folder)
+            self._linear_share = block_share(self._checkpoint)
             self._source = self._checkpoint.source_digest
-        except (CheckpointError, TokenizerError) as error:
+        except CompressionError as error:
             raise ModelError(str(error), param="model") from error
         text_config = parsed.get_text_config()
         dtype = str(text_config.dtype or "float32").removeprefix("torch.")
-        self.default_level = _NATIVE_LEVELS.get(dtype, "fp32")
+        self._imported = gptq_config(self._folder)
+        self._native = _NATIVE_LEVELS.get(dtype, "fp32")
+        self.default_level = self._native
+        if self._imported is not None:
+            # A checkpoint that comes quantized is one level; there is no dense model to compress.
+            group = "ch" if self._imported.group_size < 0 else self._imported.group_size
+            self.default_level = f"int{self._imported.bits}-gptq-g{group}"
+            self._names = ()
         self.context_length = _context_length(text_config)
         self.kv_bytes_per_token = _kv_bytes(text_config, _ITEM_BYTES[self._compute_dtype("")])
         names = (self.default_level, *self._names)
@@ -170,7 +230,9 @@ class LocalBackend:
         weights = await self._weights(level)
         if weights is None:
             return None
-        local = await self._shared.runtime.load(f"{self.model}@{level}", weights, self.tokenizer)
+        local = await self._shared.runtime.get().load(
+            f"{self.model}@{level}", weights, self._native_tokenizer()
+        )
         return Loaded(local, local.resident_bytes, time.monotonic() - began)
 
     async def build(self, level: str, on_progress: ProgressFn) -> None:
@@ -183,22 +245,50 @@ class LocalBackend:
             return True if await self.stored(level) else None
 
         async def work(claim: Claim) -> bool:
-            result = await run_worker(
-                self._spec(level).model_dump_json().encode(),
-                timeout=self._shared.settings.build.timeout_seconds,
-                on_progress=on_progress,
-            )
-            if not await claim.still_valid():
+            card = await self.measure(level, on_progress)
+            if not claim.still_valid():
                 raise BuildFailed("another gateway took this build over")
             if level != self.default_level:
                 await self._shared.store.share(key)
-            await self._shared.cards.put(key, Card.model_validate(result["card"]))
+            await self._shared.cards.put(key, card)
             return True
 
         try:
             await self._shared.flight.run(key, work, made)
         except CacheError as error:
             raise BuildFailed(str(error)) from error
+
+    async def measure(self, level: str, on_progress: ProgressFn, *, speed: bool = True) -> Card:
+        """Run a worker that makes the artifact if it is not there and measures it now.
+
+        Raises:
+            BuildFailed.
+        """
+        spec = self._spec(level).model_copy(update={"measure_speed": speed})
+        result = await run_worker(
+            spec.model_dump_json().encode(),
+            timeout=self._shared.settings.build.timeout_seconds,
+            on_progress=on_progress,
+        )
+        return Card.model_validate(result["card"])
+
+    async def export(self, level: str, folder: Path) -> str:
+        """Write a stored level as a GPTQ-format checkpoint; returns the folder.
+
+        Raises:
+            InvalidRequest: not built, or a level that the format cannot hold.
+        """
+        from compressors.base import CompressionError
+        from gateway.variants.artifact import export_gptq
+
+        artifact = await self._shared.store.fetch(self.key(level))
+        if artifact is None:
+            raise InvalidRequest(f"{level} has no artifact to export", param="export")
+        try:
+            written = await asyncio.to_thread(export_gptq, artifact, folder, self._folder)
+        except (CompressionError, OSError) as error:
+            raise InvalidRequest(f"--export: {error}", param="export") from error
+        return str(written)
 
     async def delete(self, level: str) -> None:
         if level != self.default_level and level not in self._upstream:
@@ -209,11 +299,17 @@ class LocalBackend:
 
     # -- inside -----------------------------------------------------------------------------
 
+    def _native_tokenizer(self) -> Tokenizer:
+        assert self._tokenizer is not None
+        return self._tokenizer
+
     async def _weights(self, level: str) -> VariantWeights | None:
         from compressors.model import torch_dtype
-        from gateway.variants.artifact import dense_weights, weights_of
+        from gateway.variants.artifact import dense_weights, imported_weights, weights_of
 
         dtype = torch_dtype(self._compute_dtype(level))
+        if self._imported is not None:
+            return await asyncio.to_thread(imported_weights, self._folder, dtype)
         if level == self.default_level:
             assert self._checkpoint is not None
             return await asyncio.to_thread(dense_weights, self._checkpoint, dtype)
@@ -228,7 +324,7 @@ class LocalBackend:
         if recipe is not None and recipe.dtype is not None:
             return recipe.dtype
         chosen = self._shared.settings.dtype
-        return self.default_level if chosen == "auto" else chosen
+        return self._native if chosen == "auto" else chosen
 
     def _calibration_digest(self) -> str:
         file = self._shared.settings.build.calibration
@@ -252,9 +348,11 @@ class LocalBackend:
             cache_dir=settings.cache.root,
             disk_budget=settings.cache.disk_budget,
             compute_dtype=self._compute_dtype(level),
+            dense_dtype=self._native,
+            imported=self._imported is not None,
             device=self._shared.runtime.device,
             threads=settings.build.threads,
-            serve_threads=settings.threads or os.cpu_count() or 1,
+            serve_threads=self._shared.runtime.threads,
             nice=settings.build.nice,
         )
 
@@ -262,8 +360,9 @@ class LocalBackend:
         """An estimate from the method's published behaviour and this host's dense card."""
         assert self._checkpoint is not None
         recipe = self._recipes[level]
-        expected = estimate(recipe)
-        size = int(self._checkpoint.total_bytes * expected.size_ratio)
+        expected = estimate(recipe, linear_share=self._linear_share)
+        ratio = 1.0 if self._imported is not None else expected.size_ratio
+        size = int(self._checkpoint.total_bytes * ratio)
         facts: dict[str, Any] = {
             "stored_bytes": size,
             "resident_bytes": size,

@@ -60,13 +60,15 @@ class VariantPool:
         *,
         memory_budget: int,
         max_jobs: int,
-        on_job: Callable[[Job], None] = lambda job: None,
+        on_job: Callable[[Job], None] = lambda _job: None,
+        on_load: Callable[[str, str, float], None] = lambda _model, _level, _seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backends = {backend.model: backend for backend in backends}
         self._variants: dict[str, dict[str, _Variant]] = {}
         self._budget = memory_budget
         self._board = JobBoard(max_jobs, on_job)
+        self._on_load = on_load
         self._clock = clock
         self._build_turn = asyncio.Semaphore(1)  # one worker at a time: builds are heavy
         self._load_turn = asyncio.Lock()  # one load at a time, so that memory is counted once
@@ -74,8 +76,8 @@ class VariantPool:
 
     # -- life -------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Open every backend and load every model's default level.
+    async def open(self) -> None:
+        """Open every backend and see which levels are stored.
 
         Raises:
             ModelError: a model cannot be served.
@@ -87,7 +89,26 @@ class VariantPool:
                 if await backend.stored(variant.spec.level):
                     variant.state = State.STORED
             self._variants[backend.model] = variants
+
+    async def load_defaults(self) -> None:
+        """Load every model's default level, then measure it if this host never has.
+
+        Raises:
+            Unavailable, Overloaded: it cannot be loaded.
+        """
+        for backend in self._backends.values():
             await self.warm(backend.model, backend.default_level)
+        for backend in self._backends.values():
+            variant = self._variants[backend.model][backend.default_level]
+            if not backend.card(backend.default_level).measured and variant.building is None:
+                await self._measure(variant)
+
+    async def build_missing(self, model: str) -> None:
+        """Build every absent level of the ladder, one after the other; failures are left marked."""
+        for variant in list(self._variants[model].values()):
+            if variant.state is State.ABSENT:
+                task = self._ensure_build(variant, "prebuild")
+                await asyncio.wait({task})
 
     async def close(self) -> None:
         """Stop builds and loads, free every engine."""
@@ -360,6 +381,25 @@ class VariantPool:
         finally:
             variant.building = None
 
+    async def _measure(self, variant: _Variant) -> None:
+        """Make the card of a level that serves already; it keeps serving on an estimate if not."""
+        job = self._board.open(variant.backend.model, variant.spec.level)
+        state = JobState.CANCELLED
+        error: str | None = None
+        try:
+            async with self._build_turn:
+                self._board.start(job.id)
+                await variant.backend.build(
+                    variant.spec.level,
+                    lambda share, message: self._board.progress(job.id, share, message),
+                )
+            state = JobState.DONE
+        except BuildFailed as failure:
+            state, error = JobState.FAILED, str(failure)
+            log.warning("measuring %s failed: %s", variant.name, failure)
+        finally:
+            self._board.finish(job.id, state, error)
+
     async def _load(self, variant: _Variant) -> None:
         try:
             async with self._load_turn:
@@ -374,6 +414,7 @@ class VariantPool:
             variant.engine, variant.resident_bytes = loaded.engine, loaded.resident_bytes
             variant.last_used = self._clock()
             variant.state = State.READY
+            self._on_load(variant.backend.model, variant.spec.level, loaded.load_seconds)
             log.info("%s ready in %.2f s", variant.name, loaded.load_seconds)
         except asyncio.CancelledError:
             variant.resident_bytes, variant.state = 0, State.STORED

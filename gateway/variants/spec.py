@@ -15,7 +15,8 @@ class BuildSpec(BaseModel):
         key: the artifact's key; empty for the checkpoint's own dense level, which needs none.
         calibration, eval_text: the user's text files, or None for the default text.
         threads: while compressing; `serve_threads`: while measuring speed, as the gateway serves.
-        compute_dtype: `bf16` or `fp32`.
+        imported: the folder is a GPTQ checkpoint, served as it is; there is no dense model.
+        compute_dtype, dense_dtype: `bf16`, `fp16` or `fp32`, of the level and of its reference.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,8 +34,10 @@ class BuildSpec(BaseModel):
     cache_dir: Path
     disk_budget: int
     compute_dtype: str
+    dense_dtype: str
     device: str
     threads: int
     serve_threads: int
     nice: int
+    imported: bool = False
     measure_speed: bool = True

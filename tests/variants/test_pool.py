@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from gateway.config import FakeModel
+from gateway.config import FakeModel, Model
 from gateway.engine.base import EngineFailed, GenerationRequest, SamplingParams
 from gateway.errors import Conflict, NotFound, Overloaded, Unavailable
 from gateway.variants.fake_backend import FakeBackend
@@ -20,9 +20,10 @@ DENSE = 32_000_000
 
 
 async def open_pool(budget: int = 10**9, max_jobs: int = 8, **options: object) -> VariantPool:
-    backend = FakeBackend("fake", FakeModel(tpot_ms=0.1, **options), LEVELS)  # type: ignore[arg-type]
+    backend = FakeBackend(Model(id="fake", fake=FakeModel(tpot_ms=0.1, **options)), LEVELS)  # type: ignore[arg-type]
     pool = VariantPool([backend], memory_budget=budget, max_jobs=max_jobs)
-    await pool.start()
+    await pool.open()
+    await pool.load_defaults()
     return pool
 
 

@@ -1,0 +1,258 @@
+"""The composition root: the only place where parts are created and wired together.
+
+`open_backends` opens what works without a server (cache, cards, models), `open_gateway` adds the
+pool, the policies and the engine, `make_app` puts HTTP in front.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from fastapi import FastAPI
+
+from cache.disk import DiskStore, Event
+from cache.documents import Documents
+from cache.errors import CacheError
+from cache.redis import RedisStore
+from cache.single_flight import SingleFlight
+from cache.tiered import ArtifactStore
+from cache.tiered import Tier as FetchTier
+from compressors.recipe import Recipe, RecipeError
+from gateway.api import console, explain, health, levels, openai, policies
+from gateway.api.auth import AuthMiddleware
+from gateway.api.deps import Services
+from gateway.api.limits import BodyLimitMiddleware
+from gateway.api.problems import install_error_handlers
+from gateway.config import BUILTIN, DEFAULT_LEVELS, LADDERS, Model, Settings
+from gateway.errors import ConfigError, ModelError, PressgateError
+from gateway.metrics import Metrics, Tier
+from gateway.policy.admission import Admission
+from gateway.policy.predictor import Predictor
+from gateway.policy.store import PolicyStore
+from gateway.variants.backend import Backend
+from gateway.variants.cards import CardBook, host_name
+from gateway.variants.fake_backend import FakeBackend
+from gateway.variants.local_backend import LocalBackend, Runtime, Shared
+from gateway.variants.pool import VariantPool
+
+log = logging.getLogger(__name__)
+
+_USAGE_SECONDS = 10.0  # how often cache sizes are read for the metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What exists before anything is served."""
+
+    backends: tuple[Backend, ...]
+    documents: Documents
+    cards: CardBook
+    store: ArtifactStore
+    runtime: Runtime
+    metrics: Metrics
+
+
+@asynccontextmanager
+async def open_backends(settings: Settings) -> AsyncIterator[Parts]:
+    """Cache, cards and models; nothing is loaded yet.
+
+    Raises:
+        ConfigError, ModelError: the configuration or a model cannot be used.
+    """
+    metrics = Metrics()
+    async with AsyncExitStack() as stack:
+        redis = _redis(settings, metrics)
+        if redis is not None:
+            stack.push_async_callback(redis.close)
+            await redis.start()
+        try:
+            disk = await asyncio.to_thread(
+                DiskStore,
+                settings.cache.root,
+                settings.cache.disk_budget,
+                on_event=_watch_tier(metrics, "disk"),
+            )
+        except (CacheError, OSError) as error:
+            raise ConfigError(f"cache.dir: {error}", param="cache.dir") from error
+        store = ArtifactStore(disk, redis, on_hit=_watch_redis_hits(metrics) if redis else _ignore)
+        stack.push_async_callback(store.close)
+        documents = Documents(settings.cache.root, redis)
+        stack.push_async_callback(documents.close)
+        runtime = Runtime(settings)
+        stack.push_async_callback(runtime.close)
+        device = await asyncio.to_thread(lambda: runtime.device)
+        cards = CardBook(documents, host_name(device, runtime.threads))
+        await cards.start()
+        flight = SingleFlight(redis, settings.cache.root)
+        stack.push_async_callback(flight.close)
+        shared = Shared(
+            settings=settings,
+            store=store,
+            flight=flight,
+            cards=cards,
+            runtime=runtime,
+        )
+        backends = [
+            await _backend(model, await _ladder(model, settings, documents), shared)
+            for model in settings.models
+        ]
+        yield Parts(tuple(backends), documents, cards, store, runtime, metrics)
+
+
+@asynccontextmanager
+async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
+    """Everything the HTTP front needs. Default levels load in the background: see `pool.ready`.
+
+    Raises:
+        ConfigError, ModelError: the configuration or a model cannot be used.
+    """
+    async with AsyncExitStack() as stack:
+        parts = await stack.enter_async_context(open_backends(settings))
+        metrics = parts.metrics
+        pool = VariantPool(
+            parts.backends,
+            memory_budget=settings.memory_budget,
+            max_jobs=settings.build.max_jobs,
+            on_job=metrics.job_changed,
+            on_load=metrics.loaded,
+        )
+        stack.push_async_callback(pool.close)
+        await pool.open()
+        parts.cards.listen(_learn(pool, parts.backends))
+        metrics.watch(pool)
+        policy_store = PolicyStore(settings.policies, parts.documents)
+        await policy_store.load()
+        for work in (_start_up(pool, settings), _report_usage(parts)):
+            task = asyncio.create_task(work)
+            stack.callback(task.cancel)
+        yield Services(
+            settings=settings,
+            pool=pool,
+            policies=policy_store,
+            predictor=Predictor(),
+            admission=Admission(settings.limits),
+            metrics=metrics,
+        )
+
+
+def make_app(services: Services) -> FastAPI:
+    """The HTTP front over open services."""
+    app = FastAPI(title="Pressgate", version="0.1.0", docs_url="/docs", redoc_url=None)
+    app.state.services = services
+    for module in (openai, explain, levels, policies, health, console):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=services.settings.limits.max_body_bytes)
+    app.add_middleware(AuthMiddleware, keys=services.settings.api_keys)
+    return app
+
+
+def _redis(settings: Settings, metrics: Metrics) -> RedisStore | None:
+    cache = settings.cache
+    metrics.redis_up(False)
+    if cache.redis_url is None:
+        return None
+    try:
+        return RedisStore(
+            cache.redis_url.get_secret_value(),
+            budget=cache.redis_budget,
+            ttl=cache.redis_ttl_seconds,
+            variant_limit=cache.redis_variant_limit,
+            timeout=cache.redis_timeout_seconds,
+            on_state=metrics.redis_up,
+            on_event=_watch_tier(metrics, "redis"),
+        )
+    except ValueError as error:
+        raise ConfigError(f"cache.redis_url: {error}", param="cache.redis_url") from None
+
+
+def _watch_tier(metrics: Metrics, tier: Tier) -> Callable[[Event, str], None]:
+    counted = {
+        Event.HIT: metrics.cache_hit,
+        Event.MISS: metrics.cache_miss,
+        Event.EVICTION: metrics.cache_evicted,
+        Event.CORRUPTION: metrics.cache_corrupted,
+    }
+
+    def count(event: Event, _what: str) -> None:
+        counted[event](tier)
+
+    return count
+
+
+def _watch_redis_hits(metrics: Metrics) -> Callable[[FetchTier], None]:
+    """The disk counts for itself; what it lacked was found in Redis or nowhere."""
+
+    def count(tier: FetchTier) -> None:
+        if tier == "redis":
+            metrics.cache_hit("redis")
+        elif tier == "miss":
+            metrics.cache_miss("redis")
+
+    return count
+
+
+def _ignore(_tier: FetchTier) -> None:
+    """Without Redis there is nothing to count here."""
+
+
+async def _ladder(model: Model, settings: Settings, documents: Documents) -> tuple[str, ...]:
+    """The level names of a model: as configured, or with `auto` as the last search found them."""
+    if settings.levels != "auto":
+        return settings.levels
+    found = await documents.get(LADDERS, model.id) or {}
+    return tuple(str(name) for name in found.get("levels", ())) or DEFAULT_LEVELS
+
+
+async def _backend(model: Model, names: tuple[str, ...], shared: Shared) -> Backend:
+    for name in names:
+        try:
+            Recipe.parse(name)
+        except RecipeError as error:
+            raise ConfigError(f"levels: {error}", param="levels") from None
+    if model.fake is not None or model.path == "fake":
+        return FakeBackend(model, names)
+    from compressors.model import CheckpointError, resolve
+
+    try:
+        path = BUILTIN if model.path == "builtin" else model.path
+        folder = await asyncio.to_thread(resolve, path, model.revision)
+    except CheckpointError as error:
+        raise ModelError(str(error), param="models.path") from error
+    return LocalBackend(model, shared, folder, names)
+
+
+def _learn(pool: VariantPool, backends: tuple[Backend, ...]) -> Callable[[str], None]:
+    """A card that arrives tells of an artifact another replica made."""
+
+    def learned(key: str) -> None:
+        for backend in backends:
+            if isinstance(backend, LocalBackend):
+                pool.learned(backend.model, backend.levels_of(key))
+
+    return learned
+
+
+async def _start_up(pool: VariantPool, settings: Settings) -> None:
+    """Load default levels; then measure and build what the configuration wants, one at a time."""
+    try:
+        await pool.load_defaults()
+        if settings.build.prebuild:
+            for model in pool.models():
+                await pool.build_missing(model)
+    except PressgateError as error:
+        log.error("start-up: %s", error.message)
+
+
+async def _report_usage(parts: Parts) -> None:
+    """Keep the cache's size gauges fresh without reading the disk on every scrape."""
+    while True:
+        usage = await parts.store.usage()
+        parts.metrics.cache_bytes("disk", usage.disk.total_bytes)
+        if usage.redis is not None:
+            parts.metrics.cache_bytes("redis", usage.redis.blob_bytes)
+        await asyncio.sleep(_USAGE_SECONDS)

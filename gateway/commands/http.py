@@ -1,0 +1,33 @@
+"""Talking to a running gateway from the command line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from gateway.errors import InvalidRequest
+
+_TIMEOUT_S = 60.0
+
+
+def call(method: str, url: str, path: str, key: str | None, body: Any = None) -> Any:
+    """The JSON answer of one request (None for an empty answer).
+
+    Raises:
+        InvalidRequest: the gateway is not there or refuses; its own words are kept.
+    """
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    try:
+        response = httpx.request(
+            method, url.rstrip("/") + path, headers=headers, json=body, timeout=_TIMEOUT_S
+        )
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise InvalidRequest(f"--url: {url} does not answer: {error}", param="url") from None
+    if response.is_success:
+        return response.json() if response.content else None
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:300]
+    raise InvalidRequest(f"{url} answered {response.status_code}: {message}")

@@ -1,0 +1,104 @@
+"""`pressgate levels` and `pressgate compress`: look at the ladder, build a level."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import orjson
+import typer
+
+from gateway.commands.options import (
+    AsJson,
+    CacheDir,
+    CalibrationFile,
+    ConfigFile,
+    EvalFile,
+    ModelName,
+    settings_of,
+)
+from gateway.commands.tables import card_table, wide_console
+from gateway.commands.workshop import progress_bars, workshop
+from gateway.config import Settings
+from gateway.errors import InvalidRequest
+from gateway.variants.card import Card
+from gateway.variants.jobs import BuildFailed
+
+
+def levels(
+    config: ConfigFile = None,
+    model: ModelName = None,
+    cache_dir: CacheDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the ladder: every level, whether it exists, and its card."""
+    rows = asyncio.run(_levels(settings_of(config, model=model, cache_dir=cache_dir)))
+    if as_json:
+        typer.echo(orjson.dumps({"levels": rows}, option=orjson.OPT_INDENT_2))
+        return
+    cards = [(row["level"], row["state"], Card.model_validate(row)) for row in rows]
+    table = card_table("levels", cards)
+    table.columns[1].header = "state"
+    wide_console().print(table)
+
+
+async def _levels(settings: Settings) -> list[dict[str, Any]]:
+    rows = []
+    async with workshop(settings) as backend:
+        for spec in backend.ladder():
+            stored = await backend.stored(spec.level)
+            facts = {"level": spec.level, "family": spec.family}
+            state = {"state": "stored" if stored else "absent"}
+            rows.append(facts | state | backend.card(spec.level).model_dump(mode="json"))
+    return rows
+
+
+def compress(
+    level: Annotated[str, typer.Option("--level", help="Which level, e.g. int4-gptq-g128.")],
+    config: ConfigFile = None,
+    model: ModelName = None,
+    calibration: CalibrationFile = None,
+    eval_text: EvalFile = None,
+    cache_dir: CacheDir = None,
+    export: Annotated[
+        Path | None, typer.Option(help="Also write a GPTQ-format checkpoint folder here.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Build one level into the cache, measure its card and print both."""
+    settings = settings_of(
+        config,
+        model=model,
+        levels=level,
+        calibration=calibration,
+        eval_text=eval_text,
+        cache_dir=cache_dir,
+    )
+    facts = asyncio.run(_compress(settings, level, export))
+    if as_json:
+        typer.echo(orjson.dumps(facts, option=orjson.OPT_INDENT_2))
+        return
+    wide_console().print(
+        card_table("built", [(level, facts["family"], Card.model_validate(facts))])
+    )
+
+
+async def _compress(settings: Settings, level: str, export: Path | None) -> dict[str, Any]:
+    async with workshop(settings) as backend:
+        family = next(spec.family for spec in backend.ladder() if spec.level == level)
+        with progress_bars() as bars:
+            task = bars.add_task(level, total=1.0)
+            try:
+                await backend.build(
+                    level,
+                    lambda share, message: bars.update(
+                        task, completed=share, description=f"{level}: {message}"
+                    ),
+                )
+            except BuildFailed as error:
+                raise InvalidRequest(str(error), param="level") from error
+        facts = {"level": level, "family": family} | backend.card(level).model_dump(mode="json")
+        if export is not None:
+            facts["exported"] = await backend.export(level, export)
+        return facts

@@ -1,0 +1,106 @@
+"""`pressgate serve`: run the gateway and say where it is."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gateway.commands.options import (
+    CacheDir,
+    CalibrationFile,
+    ConfigFile,
+    EvalFile,
+    LevelNames,
+    ModelName,
+    settings_of,
+)
+from gateway.commands.tables import ladder_table, wide_console
+from gateway.config import Settings
+
+if TYPE_CHECKING:
+    from gateway.variants.pool import VariantPool
+
+
+def serve(
+    config: ConfigFile = None,
+    model: ModelName = None,
+    levels: LevelNames = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one.")] = None,
+    calibration: CalibrationFile = None,
+    eval_text: EvalFile = None,
+    cache_dir: CacheDir = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of the engine.")] = None,
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Weights and KV of everything resident, e.g. 4GiB.")
+    ] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> None:
+    """Serve a model; levels are built when requests want them."""
+    settings = settings_of(
+        config,
+        model=model,
+        levels=levels,
+        calibration=calibration,
+        eval_text=eval_text,
+        cache_dir=cache_dir,
+        host=host,
+        port=port,
+        threads=threads,
+        memory_budget=memory_budget,
+        log_level=log_level,
+    )
+    logging.getLogger().setLevel(settings.log_level.upper())
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    asyncio.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> None:
+    import uvicorn
+
+    from gateway.app import make_app, open_gateway
+
+    async with open_gateway(settings) as services:
+        options: dict[str, Any] = {"host": settings.host, "port": settings.port}
+        server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(services),
+                **options,
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=10,
+            )
+        )
+        greeting = asyncio.create_task(_greet(server, services.pool, settings))
+        try:
+            await server.serve()
+        finally:
+            greeting.cancel()
+
+
+async def _greet(server: Any, pool: VariantPool, settings: Settings) -> None:
+    """Print the ladder, the URLs and a request to paste once the gateway is ready."""
+    while not (server.started and pool.ready):  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.02)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    base = f"http://{host}:{port}"
+    console = wide_console()
+    for name in pool.models():
+        console.print(ladder_table(pool.snapshot(name)))
+    console.print(f"\n[bold]console[/bold]  {base}/")
+    console.print(f"[bold]API[/bold]      {base}/v1      [dim]docs {base}/docs[/dim]")
+    console.print(f"[bold]metrics[/bold]  {base}/metrics\n")
+    first = pool.models()[0]
+    body = (
+        f'{{"model": "{first}", "prompt": "The function returns", "max_tokens": 32,\n'
+        '       "sla": {"memory_mb": 25, "max_ppl_ratio": 1.1, "on_miss": "wait"}}'
+    )
+    console.print(
+        f"curl {base}/v1/completions -H 'content-type: application/json' \\\n  -d '{body}'\n",
+        markup=False,
+        highlight=False,
+    )

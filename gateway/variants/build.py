@@ -1,0 +1,202 @@
+"""Build one variant and measure its card. Runs inside a worker process (or `pressgate bench`).
+
+Phases: read texts, compress layer by layer into an artifact, compare predictions with the dense
+model's, time both side by side. Everything it learns goes into the artifact and the card.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import time
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import torch
+
+from cache.disk import DiskStore
+from cache.manifest import Manifest
+from compressors.model import Checkpoint, torch_dtype
+from compressors.pipeline import compress
+from compressors.recipe import Recipe
+from compressors.registry import estimate
+from gateway.engine.kernels.store import unpack
+from gateway.engine.local import LocalEngine, LocalOptions, LocalRuntime
+from gateway.engine.runner import Model, VariantWeights, build_model, forward_logits
+from gateway.engine.tokenizer import load_tokenizer
+from gateway.quality.evaluate import Quality, evaluate
+from gateway.quality.flops import flops_per_token, linear_flops
+from gateway.variants.artifact import ArtifactSink, dense_weights, imported_weights, weights_of
+from gateway.variants.card import Card
+from gateway.variants.measure import Speed, measure_speed
+from gateway.variants.spec import BuildSpec
+from gateway.variants.texts import calibration_of, evaluation_windows
+
+ProgressFn = Callable[[float, str], None]
+
+_MEASURE_KV_BYTES = 128 * 2**20
+_VERSIONED = ("pressgate", "torch", "transformers", "safetensors")
+# Shares of the progress bar: texts and compression, quality, speed.
+_COMPRESSED, _JUDGED = 0.7, 0.85
+
+
+def build(spec: BuildSpec, progress: ProgressFn) -> dict[str, Any]:
+    """Make the artifact `spec.key` unless it exists, and measure its card.
+
+    Returns:
+        `{"card": {...}}`, JSON-able.
+
+    Raises:
+        CompressionError, CacheError: with the layer, file or setting at fault.
+    """
+    checkpoint = Checkpoint(spec.folder)
+    disk = DiskStore(spec.cache_dir, spec.disk_budget)
+    if spec.imported:
+        dense = imported_weights(spec.folder, torch_dtype(spec.compute_dtype))
+    else:
+        dense = dense_weights(checkpoint, torch_dtype(spec.dense_dtype))
+    build_seconds = 0.0
+    if spec.key:
+        if disk.manifest(spec.key) is None:
+            _compress(spec, checkpoint, disk, lambda s, m: progress(_COMPRESSED * s, m))
+        artifact = disk.read(spec.key)
+        if artifact is None:
+            raise OSError(f"artifact {spec.key} did not survive being written")
+        build_seconds = artifact.manifest.build_seconds
+        level = weights_of(artifact, torch_dtype(spec.compute_dtype))
+        stored = artifact.manifest.total_bytes
+    else:
+        level, stored = dense, checkpoint.total_bytes
+    torch.set_num_threads(spec.serve_threads)
+    progress(_COMPRESSED, "measuring quality")
+    windows = evaluation_windows(spec, checkpoint)
+    quality = _quality(
+        spec,
+        (dense, level),
+        windows,
+        lambda s: progress(_COMPRESSED + (_JUDGED - _COMPRESSED) * s, "measuring quality"),
+    )
+    progress(_JUDGED, "measuring speed")
+    card = _card(spec, quality, level)
+    sizes = {
+        "stored_bytes": stored,
+        "compression_ratio": checkpoint.total_bytes / max(stored, 1),
+        "build_seconds": build_seconds,
+    }
+    if spec.imported:  # nothing to compare with: what is expected of its recipe
+        expected = estimate(Recipe.parse(spec.level))
+        sizes["perplexity_ratio"] = expected.perplexity_ratio
+        sizes["kl_nats"], sizes["top1_agreement"] = expected.kl_nats, expected.top1_agreement
+    speeds = asyncio.run(_speeds(spec, dense, level)) if spec.measure_speed else {}
+    return {"card": card.model_copy(update=sizes | speeds).model_dump(mode="json")}
+
+
+def _compress(
+    spec: BuildSpec, checkpoint: Checkpoint, disk: DiskStore, progress: ProgressFn
+) -> None:
+    began = time.monotonic()
+    recipe = Recipe.parse(spec.level)
+    calibration = None
+    if recipe.needs_calibration:
+        progress(0.0, "preparing calibration text")
+        calibration = calibration_of(spec, checkpoint)
+    with disk.writer(spec.key) as writer:
+        sink = ArtifactSink(writer)
+        report = compress(
+            checkpoint,
+            recipe,
+            sink=sink,
+            calibration=calibration,
+            progress=lambda share, message: progress(0.2 + 0.8 * share, message),
+            device=spec.device,
+        )
+        writer.commit(
+            Manifest(
+                key=spec.key,
+                model=spec.model,
+                revision=spec.revision,
+                recipe=recipe.name,
+                source_digest=spec.source_digest,
+                calibration_digest=calibration.digest if calibration is not None else "",
+                seed=spec.seed,
+                versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+                config=sink.model_config,
+                tensors=sink.tensors,
+                modules=sink.modules,
+                build_seconds=time.monotonic() - began,
+                report=report.to_json(),
+            )
+        )
+
+
+def _quality(
+    spec: BuildSpec,
+    pair: tuple[VariantWeights, VariantWeights],
+    windows: torch.Tensor,
+    progress: Callable[[float], None],
+) -> Quality:
+    """Compare the level with the dense model on held-out windows, as both will be served."""
+    dense, level = pair
+    reference = build_model(dense, device=spec.device)
+    candidate = reference if level is dense else build_model(level, device=spec.device)
+
+    def run(model: Model) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda ids: forward_logits(model, ids)
+
+    return evaluate(run(reference), run(candidate), windows, seed=spec.seed, progress=progress)
+
+
+def _card(spec: BuildSpec, quality: Quality, level: VariantWeights) -> Card:
+    model = build_model(level, device=spec.device)
+    plain = {
+        name: (module.out_features, module.in_features)
+        for name, module in model.module.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    flops = flops_per_token(level.config, plain, context=model.context_length // 2).total
+    for stored in level.linears.values():  # one unpacked at a time
+        flops += linear_flops(unpack(stored))
+    return Card(
+        measured=True,
+        resident_bytes=model.resident_bytes,
+        perplexity=quality.perplexity,
+        perplexity_ratio=quality.perplexity_ratio,
+        kl_nats=quality.kl_nats,
+        top1_agreement=quality.top1_agreement,
+        flops_per_token=flops,
+    )
+
+
+async def _speeds(spec: BuildSpec, dense: VariantWeights, level: VariantWeights) -> dict[str, Any]:
+    """Rates of the level, its speed-up over dense timed in the same minutes, seconds to load."""
+    tokenizer = load_tokenizer(spec.folder)
+    async with AsyncExitStack() as stack:
+        runtime = LocalRuntime(
+            LocalOptions(
+                device="cuda" if spec.device == "cuda" else "cpu",
+                threads=spec.serve_threads,
+                max_num_seqs=8,
+                kv_bytes=_MEASURE_KV_BYTES,
+                prefix_cache=False,
+            )
+        )
+        stack.push_async_callback(runtime.close)
+        began = time.monotonic()
+        engines: dict[str, LocalEngine] = {"level": await runtime.load("level", level, tokenizer)}
+        load_seconds = time.monotonic() - began
+        if level is not dense:
+            engines["dense"] = await runtime.load("dense", dense, tokenizer)
+        speeds: dict[str, Speed] = await measure_speed(
+            engines,
+            vocab_size=tokenizer.vocab_size,
+            context_length=engines["level"].context_length,
+            seed=spec.seed,
+        )
+    mine, base = speeds["level"], speeds.get("dense", speeds["level"])
+    return {
+        "prefill_tokens_per_s": mine.prefill_tokens_per_s,
+        "decode_tokens_per_s": mine.decode_tokens_per_s,
+        "speedup": mine.decode_tokens_per_s["1"] / base.decode_tokens_per_s["1"],
+        "load_seconds": load_seconds,
+    }
