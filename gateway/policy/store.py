@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from pydantic import ValidationError
 
+from cache.documents import Documents
 from cache.errors import CacheError
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
 from gateway.policy.policy import DEFAULT, Policy
@@ -24,18 +25,6 @@ log = logging.getLogger(__name__)
 
 NAMESPACE: Final = "policies"
 MAX_STORED: Final = 256
-_Document = dict[str, Any]
-
-
-class Documents(Protocol):
-    """The part of `cache.documents.Documents` used here."""
-
-    async def put(self, namespace: str, name: str, document: _Document) -> None: ...
-    async def delete(self, namespace: str, name: str) -> Any: ...
-    async def all(self, namespace: str) -> dict[str, _Document]: ...
-    async def watch(
-        self, namespace: str, callback: Callable[[str, _Document | None], None]
-    ) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +153,13 @@ class PolicyStore:
             await self._persist(self._documents.delete(NAMESPACE, name))
             self._swap({key: value for key, value in self._stored.items() if key != name})
 
-    async def _persist(self, write: Any) -> None:
+    async def _persist(self, write: Coroutine[Any, Any, object]) -> None:
         try:
             await write
         except (CacheError, OSError) as error:
             raise Unavailable(f"the policy cannot be stored: {error}", retry_after=30) from error
 
-    def _changed(self, name: str, document: _Document | None) -> None:
+    def _changed(self, name: str, document: dict[str, Any] | None) -> None:
         """The store says that `name` is now `document` (None: deleted)."""
         others = {key: value for key, value in self._stored.items() if key != name}
         if document is not None:

@@ -80,7 +80,7 @@ def policies(draw: st.DrawFn) -> Policy:
 
 
 # Properties of the form "if it serves, then …" discard the draws that do not serve.
-conditional = settings(max_examples=300, suppress_health_check=[HealthCheck.filter_too_much])
+conditional = settings(max_examples=150, suppress_health_check=[HealthCheck.filter_too_much])
 sizes = st.tuples(st.integers(1, 2000), st.integers(1, 500))
 
 
@@ -120,7 +120,7 @@ def broken(budget: Budget, snapshot: LadderSnapshot, decision: Decision, level: 
     return found
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(ladders(), policies(), slas(), sizes, st.none() | st.sampled_from(NAMES))
 def test_every_input_gets_one_consistent_answer(
     snapshot: LadderSnapshot, policy: Policy, sla: Sla, size: tuple[int, int], pin: str | None
@@ -180,7 +180,7 @@ def test_hard_bounds_are_never_traded(
         assert in_use + facts.card.resident_bytes <= snapshot.memory_budget
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(ladders(), policies(), slas(), sizes)
 def test_deciding_is_deterministic_and_leaves_no_trace(
     snapshot: LadderSnapshot, policy: Policy, sla: Sla, size: tuple[int, int]
@@ -260,7 +260,7 @@ def test_what_could_be_met_is_met_when_asked_for(
     assert (again.action, again.misses) == ("serve", ())
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(ladders(), policies(), slas())
 def test_an_idle_host_is_never_too_busy(snapshot: LadderSnapshot, policy: Policy, sla: Sla) -> None:
     """A refusal blames the load only when there is some (a level being unloaded counts)."""

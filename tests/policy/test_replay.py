@@ -194,27 +194,30 @@ class TestReplay:
         assert report.attainment < 0.7
         assert set(report.refusals) == {"busy"} or "unmet" in report.refusals
 
-    def test_choosing_per_request_beats_a_fixed_level(self) -> None:
-        """The point of it all: tight and strict requests together, on one host."""
-        tight = poisson(150, 1.5, seed=1, sla=Sla(policy="tight"))
-        strict = poisson(150, 1.5, seed=2, sla=Sla(policy="strict"))
-        mix = sorted([*tight, *strict], key=lambda arrival: arrival.time_s)
+    def test_no_single_level_serves_a_mix_as_well_as_choosing_does(self) -> None:
+        """Exact answers and fast ones, from one host: what the whole thing is for."""
+        fast = poisson(100, 0.5, seed=1, sla=Sla(policy="fast"))
+        exact = poisson(100, 0.5, seed=2, sla=Sla(policy="exact"))
+        mix = sorted([*fast, *exact], key=lambda arrival: arrival.time_s)
 
-        def met(levels: tuple[str, ...]) -> float:
+        def attainment(levels: tuple[str, ...]) -> float:
             policies = [
-                Policy(name="tight", latency_ms=500, levels=levels),
-                Policy(name="strict", max_ppl_ratio=1.01, levels=levels),
+                Policy(name="fast", latency_ms=500, levels=levels),
+                Policy(name="exact", max_ppl_ratio=1.0, levels=levels),
             ]
             reports = replay(mix, policies, ladder())
             return sum(report.attainment * report.requests for report in reports) / len(mix)
 
-        free = met(())
-        assert all(free > met((level,)) for level in CARDS)
+        choosing = attainment(())
+        assert choosing > 0.75
+        for level in CARDS:
+            assert choosing > attainment((level,)) + 0.1
 
     def test_a_missing_level_is_built_and_then_used(self) -> None:
         start = ladder({"int8": State.ABSENT, "int4": State.ABSENT, "sparse24": State.ABSENT})
         arrivals = [Arrival(1.0 * i, 100, 20) for i in range(60)]
-        (report,) = replay(arrivals, [Policy(name="p", tpot_ms=7, memory_mb=40)], start)
+        eager = Policy(name="p", tpot_ms=7, memory_mb=40, expected_requests=1000)
+        (report,) = replay(arrivals, [eager], start)
         assert report.levels["int8"] > 0.5
         assert report.levels["bf16"] > 0.2
         assert report.missed == {"tpot_ms": round(60 * report.levels["bf16"])}

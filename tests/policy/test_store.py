@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cache.documents import Documents
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
 from gateway.policy.policy import Match, Policy
-from gateway.policy.store import MAX_STORED, PolicyStore, RequestFacts, parse_policy
+from gateway.policy.store import MAX_STORED, NAMESPACE, PolicyStore, RequestFacts, parse_policy
 
-Document = dict[str, Any]
 FAST = Policy(name="fast", match=Match(path="/v1/chat/completions"), tpot_ms=5)
 GOLD = Policy(name="gold", match=Match(header={"X-Tier": "gold"}, path="/v1/chat/completions"))
 TEAM = Policy(name="team", match=Match(api_key=("team-a",)))
@@ -20,39 +21,18 @@ MODEL = Policy(name="model", match=Match(model="docs-17m"))
 NAMED = Policy(name="named-only", memory_mb=10)
 
 
-class SharedDocuments:
-    """Documents in memory, with every watcher told, as replicas on one Redis would be."""
-
-    def __init__(self) -> None:
-        self.kept: dict[str, Document] = {}
-        self.watchers: list[Callable[[str, Document | None], None]] = []
-        self.broken = False
-
-    async def put(self, namespace: str, name: str, document: Document) -> None:
-        await asyncio.sleep(0)
-        if self.broken:
-            raise OSError(28, "No space left on device")
-        self.kept[name] = document
-        for tell in self.watchers:
-            tell(name, document)
-
-    async def delete(self, namespace: str, name: str) -> None:
-        await asyncio.sleep(0)
-        if self.broken:
-            raise OSError(28, "No space left on device")
-        self.kept.pop(name, None)
-        for tell in self.watchers:
-            tell(name, None)
-
-    async def all(self, namespace: str) -> dict[str, Document]:
-        return dict(self.kept)
-
-    async def watch(self, namespace: str, callback: Callable[[str, Document | None], None]) -> None:
-        self.watchers.append(callback)
+Store = Callable[..., PolicyStore]
 
 
-def store(*configured: Policy, documents: SharedDocuments | None = None) -> PolicyStore:
-    return PolicyStore(configured, documents or SharedDocuments())
+@pytest.fixture
+def documents(tmp_path: Path) -> Documents:
+    return Documents(tmp_path)
+
+
+@pytest.fixture
+def store(documents: Documents) -> Store:
+    """Makes stores over the same documents, as restarts and replicas are."""
+    return lambda *configured: PolicyStore(configured, documents)
 
 
 def asked(**changes: Any) -> RequestFacts:
@@ -79,28 +59,28 @@ def asked(**changes: Any) -> RequestFacts:
         pytest.param(asked(), "default", "default", id="default by name"),
     ],
 )
-def test_match(facts: RequestFacts, named: str | None, expected: str) -> None:
+def test_match(store: Store, facts: RequestFacts, named: str | None, expected: str) -> None:
     policies = store(FAST, GOLD, TEAM, MODEL, NAMED)
     assert policies.match(facts, named).name == expected
 
 
-def test_match_does_not_depend_on_the_order_of_configuration() -> None:
+def test_match_does_not_depend_on_the_order_of_configuration(store: Store) -> None:
     one, other = Policy(name="a", match=Match(path="/x")), Policy(name="b", match=Match(path="/x"))
     assert store(one, other).match(asked(path="/x")).name == "a"
     assert store(other, one).match(asked(path="/x")).name == "a"
 
 
-def test_an_unknown_policy_is_refused_with_the_names_there_are() -> None:
+def test_an_unknown_policy_is_refused_with_the_names_there_are(store: Store) -> None:
     with pytest.raises(NotFound, match="default, fast"):
         store(FAST).match(asked(), "fsat")
 
 
-def test_a_policy_of_other_keys_cannot_be_taken_by_name() -> None:
+def test_a_policy_of_other_keys_cannot_be_taken_by_name(store: Store) -> None:
     with pytest.raises(Forbidden):
         store(TEAM).match(asked(api_key="team-b"), "team")
 
 
-def test_default_always_exists_and_comes_last() -> None:
+def test_default_always_exists_and_comes_last(store: Store) -> None:
     assert [policy.name for policy in store().list()] == ["default"]
     assert [p.name for p in store(FAST, GOLD, NAMED).list()] == [
         "gold",
@@ -141,21 +121,19 @@ def test_a_bad_name_is_refused(name: str) -> None:
         parse_policy(name, {})
 
 
-async def test_put_takes_effect_at_once_and_survives_a_restart() -> None:
-    documents = SharedDocuments()
-    policies = store(documents=documents)
+async def test_put_takes_effect_at_once_and_survives_a_restart(store: Store) -> None:
+    policies = store()
     await policies.load()
     given = parse_policy("new", {"tpot_ms": 9, "match": {"path": "/x"}})
     await policies.put(given)
     assert policies.match(asked(path="/x")) == given
-    restarted = store(documents=documents)
+    restarted = store()
     await restarted.load()
     assert restarted.get("new") == given
 
 
-async def test_replicas_follow() -> None:
-    documents = SharedDocuments()
-    here, there = store(documents=documents), store(documents=documents)
+async def test_replicas_follow(store: Store) -> None:
+    here, there = store(), store()
     await here.load()
     await there.load()
     await here.put(Policy(name="new"))
@@ -165,7 +143,7 @@ async def test_replicas_follow() -> None:
         here.get("new")
 
 
-async def test_a_configured_policy_can_be_overridden_and_comes_back() -> None:
+async def test_a_configured_policy_can_be_overridden_and_comes_back(store: Store) -> None:
     policies = store(FAST)
     with pytest.raises(Conflict, match="configuration"):
         await policies.delete("fast")
@@ -175,7 +153,7 @@ async def test_a_configured_policy_can_be_overridden_and_comes_back() -> None:
     assert policies.get("fast") == FAST
 
 
-async def test_default_can_be_overridden_but_not_deleted() -> None:
+async def test_default_can_be_overridden_but_not_deleted(store: Store) -> None:
     policies = store()
     with pytest.raises(Conflict):
         await policies.delete("default")
@@ -185,17 +163,17 @@ async def test_default_can_be_overridden_but_not_deleted() -> None:
     assert policies.match(asked()).objective == "quality"
 
 
-async def test_deleting_what_is_not_there() -> None:
+async def test_deleting_what_is_not_there(store: Store) -> None:
     with pytest.raises(NotFound):
         await store().delete("nobody")
 
 
-async def test_when_nothing_can_be_stored_nothing_changes() -> None:
-    documents = SharedDocuments()
-    policies = store(documents=documents)
+async def test_when_nothing_can_be_stored_nothing_changes(store: Store, tmp_path: Path) -> None:
+    policies = store()
     await policies.put(Policy(name="kept", tpot_ms=1))
-    documents.broken = True
-    with pytest.raises(Unavailable, match="No space left") as refused:
+    shutil.rmtree(tmp_path / "documents")
+    (tmp_path / "documents").write_text("a file where the folder should be")
+    with pytest.raises(Unavailable, match="cannot be stored") as refused:
         await policies.put(Policy(name="kept", tpot_ms=2))
     assert refused.value.retry_after
     with pytest.raises(Unavailable):
@@ -203,26 +181,28 @@ async def test_when_nothing_can_be_stored_nothing_changes() -> None:
     assert policies.get("kept").tpot_ms == 1
 
 
-async def test_a_damaged_document_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    documents = SharedDocuments()
-    documents.kept = {"bad": {"ttft_ms": "soon"}, "good": {"tpot_ms": 4}}
-    policies = store(documents=documents)
+async def test_a_damaged_document_is_left_out(
+    store: Store, documents: Documents, caplog: pytest.LogCaptureFixture
+) -> None:
+    await documents.put(NAMESPACE, "bad", {"ttft_ms": "soon"})
+    await documents.put(NAMESPACE, "good", {"tpot_ms": 4})
+    policies = store()
     await policies.load()
     assert [policy.name for policy in policies.list()] == ["good", "default"]
     assert "bad" in caplog.text
 
 
-async def test_the_number_of_policies_is_bounded() -> None:
-    documents = SharedDocuments()
-    documents.kept = {f"p{number}": {} for number in range(MAX_STORED)}
-    policies = store(documents=documents)
+async def test_the_number_of_policies_is_bounded(store: Store, documents: Documents) -> None:
+    for number in range(MAX_STORED):
+        await documents.put(NAMESPACE, f"p{number}", {})
+    policies = store()
     await policies.load()
     with pytest.raises(Conflict):
         await policies.put(Policy(name="one-more"))
     await policies.put(Policy(name="p0", tpot_ms=3))
 
 
-async def test_a_reader_keeps_the_policy_it_has() -> None:
+async def test_a_reader_keeps_the_policy_it_has(store: Store) -> None:
     policies = store(FAST)
     mine = policies.match(asked())
     await policies.put(Policy(name="fast", tpot_ms=50))
