@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,17 +11,17 @@ from typing import Any
 import pytest
 
 from cache.documents import Documents
+from cache.redis import RedisStore
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
 from gateway.policy.policy import Match, Policy
 from gateway.policy.store import MAX_STORED, NAMESPACE, PolicyStore, RequestFacts, parse_policy
+from tests.support.redis_server import RedisServer
 
 FAST = Policy(name="fast", match=Match(path="/v1/chat/completions"), tpot_ms=5)
 GOLD = Policy(name="gold", match=Match(header={"X-Tier": "gold"}, path="/v1/chat/completions"))
 TEAM = Policy(name="team", match=Match(api_key=("team-a",)))
 MODEL = Policy(name="model", match=Match(model="docs-17m"))
 NAMED = Policy(name="named-only", memory_mb=10)
-
-
 Store = Callable[..., PolicyStore]
 
 
@@ -207,3 +208,30 @@ async def test_a_reader_keeps_the_policy_it_has(store: Store) -> None:
     mine = policies.match(asked())
     await policies.put(Policy(name="fast", tpot_ms=50))
     assert mine.tpot_ms == 5
+
+
+async def eventually(true: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if true():
+            return
+        await asyncio.sleep(0.01)
+    pytest.fail("not within ten seconds")
+
+
+async def test_a_policy_set_on_one_replica_reaches_another_through_redis(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    links = [RedisStore(redis_server.url, budget=2**20, ttl=60, variant_limit=1) for _ in "ab"]
+    homes = [Documents(tmp_path / str(i), link) for i, link in enumerate(links)]
+    here, there = (PolicyStore((FAST,), documents) for documents in homes)
+    try:
+        await here.load()
+        await there.load()
+        await here.put(Policy(name="fast", tpot_ms=50))
+        await eventually(lambda: there.get("fast").tpot_ms == 50)
+        await there.delete("fast")
+        await eventually(lambda: here.get("fast") == FAST)
+    finally:
+        for documents, link in zip(homes, links, strict=True):
+            await documents.close()
+            await link.close()
