@@ -228,13 +228,11 @@ async def test_the_byte_budget_evicts_the_least_valuable(
 
 
 async def test_absent_redis_is_a_miss_and_one_log_line(
-    here: DiskStore, there: DiskStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    here: DiskStore, there: DiskStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "cache")
     states: list[bool] = []
-    url = f"redis://user:hunter2@127.0.0.1:1/0?x={tmp_path.name}"
     store = redis_store("redis://user:hunter2@127.0.0.1:1/0", on_state=states.append)
-    assert url
     build(here, "int8", TENSORS)
     assert not await store.start()
     assert not await share(store, here, "int8")
