@@ -85,6 +85,8 @@ def build_model(weights: VariantWeights, *, device: str = "cpu") -> Model:
     _check_config(config, text_config)
     _put_linears(module, weights)
     _put_tensors(module, weights)
+    if device == "cpu":
+        _put_dense_kernels(module)
     module.to(device)
     # A pad token makes GPT-2 look at its input on every step; nothing here pads with it.
     config.pad_token_id = None
@@ -135,7 +137,8 @@ class Runner:
         self._tables = buffer(batch * context)
         self._columns = torch.arange(context * self._size, device=self._device)
         cells = batch * context * self._size
-        self._masks = [buffer(cells, dtype=model.layout.dtype) for _ in model.step.windows]
+        dtype = torch.float32 if self._device.type == "cpu" else model.layout.dtype
+        self._masks = [buffer(cells, dtype=dtype) for _ in model.step.windows]
         self.bind(pool)
 
     def bind(self, pool: KVPool) -> None:
@@ -301,6 +304,20 @@ def _put_tensors(module: nn.Module, weights: VariantWeights) -> None:
     for name in stored_buffers:
         if name in weights.tensors and name.rpartition(".")[0] not in weights.linears:
             set_tensor(module, name, weights.tensors[name])
+
+
+def _put_dense_kernels(module: nn.Module) -> None:
+    """Let uncompressed linears, too, run on our kernels, on the very same weights."""
+    for name, linear in list(module.named_modules()):
+        if type(linear) is nn.Linear and linear.weight.is_contiguous():
+            n, k = linear.weight.shape
+            stored = StoredLinear(
+                "dense", "rowmajor", {"n": n, "k": k}, {"weight": linear.weight.detach()}
+            )
+            bias = None if linear.bias is None else linear.bias.detach()
+            parent, _, leaf = name.rpartition(".")
+            new = make_linear(stored, bias, dtype=linear.weight.dtype)
+            setattr(module.get_submodule(parent), leaf, new)
 
 
 def _unfilled(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
