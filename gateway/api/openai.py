@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -13,7 +15,8 @@ from gateway.api.generate import GenerationResponse
 from gateway.api.match import policy_for
 from gateway.api.prepare import prepare, read_sla, split_model
 from gateway.api.schemas import ChatBody, CompletionBody, body_schema, parse, read_body
-from gateway.errors import NotFound
+from gateway.errors import NotFound, PressgateError
+from gateway.metrics import NONE, Finished
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -32,9 +35,10 @@ _SLO_HEADERS = (
     openapi_extra=body_schema(ChatBody),
 )
 async def chat(request: Request, services: Using, caller: CalledBy) -> GenerationResponse:
-    arrived = time.perf_counter()
-    body = parse(await read_body(request), ChatBody)
-    return await _generation(request, services, caller, body, arrived)
+    with _counting_refusals(services):
+        arrived = time.perf_counter()
+        body = parse(await read_body(request), ChatBody)
+        return await _generation(request, services, caller, body, arrived)
 
 
 @router.post(
@@ -44,9 +48,20 @@ async def chat(request: Request, services: Using, caller: CalledBy) -> Generatio
     openapi_extra=body_schema(CompletionBody),
 )
 async def completions(request: Request, services: Using, caller: CalledBy) -> GenerationResponse:
-    arrived = time.perf_counter()
-    body = parse(await read_body(request), CompletionBody)
-    return await _generation(request, services, caller, body, arrived)
+    with _counting_refusals(services):
+        arrived = time.perf_counter()
+        body = parse(await read_body(request), CompletionBody)
+        return await _generation(request, services, caller, body, arrived)
+
+
+@contextmanager
+def _counting_refusals(services: Services) -> Iterator[None]:
+    """Requests that never reach the walk count under no model; the walk counts all others."""
+    try:
+        yield
+    except PressgateError as error:
+        services.metrics.request_finished(Finished(NONE, NONE, NONE, error.status))
+        raise
 
 
 async def _generation(
