@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from setuptools import Extension, setup
 
+KERNELS = "gateway/engine/kernels"
+
 setup(
     ext_modules=[
         # A plain shared library opened with ctypes. OpenMP comes from the runtime that torch has
@@ -11,7 +13,8 @@ setup(
         # compiler the install goes on, and layers compute through torch.
         Extension(
             "gateway.engine.kernels._native",
-            sources=["gateway/engine/kernels/native.cpp"],
+            sources=[f"{KERNELS}/native.cpp"],
+            depends=[f"{KERNELS}/{name}.h" for name in ("common", "grouped", "bf16")],
             language="c++",
             extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-fopenmp"],
             extra_link_args=["-fopenmp"],

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from compressors.tensor import Dense, StoredLinear
 from gateway.engine.kernels.native import Feature, NativeCall, dense_call, library
-from gateway.engine.kernels.scheme import KernelLinear, PackChild, Scheme, UnpackChild
+from gateway.engine.kernels.scheme import KernelLinear, PackChild, Scheme, UnpackChild, expect
 
 # Measured: up to here the native product beats oneDNN's; beyond, oneDNN's blocking pays.
 MAX_ROWS = 16
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def pack(form: Dense, _child: PackChild) -> StoredLinear:
@@ -39,13 +40,14 @@ class DenseLinear(KernelLinear):
     ) -> None:
         super().__init__(stored, bias, dtype)
         self.hold(stored, "weight")
+        expect(self.weight, (self.out_features, self.in_features), *DTYPES)
         self._call = self.bind()
 
     def bind(self) -> NativeCall | None:
         dll = library(Feature.BF16)
         if dll is None or not self.weight.is_cpu or self.weight.dtype != torch.bfloat16:
             return None
-        return dense_call(dll, self.weight, self.bias, k=self.in_features, max_rows=MAX_ROWS)
+        return dense_call(dll, self.weight, self.bias, max_rows=MAX_ROWS)
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         return self.weight[start:stop].to(dtype)

@@ -12,7 +12,6 @@ give the operand of an int8 dot product (`vpdpbusd`) for 16 rows and 4 columns. 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from compressors.tensor import Grouped, StoredLinear
 from gateway.engine.kernels.native import Feature, GroupedStruct, NativeCall, library
-from gateway.engine.kernels.scheme import KernelLinear, PackChild, Scheme, UnpackChild
+from gateway.engine.kernels.scheme import KernelLinear, PackChild, Scheme, UnpackChild, expect
 
 BLOCK = 16
 # bits → (plane width, left shift of the plane inside the code), widest first.
@@ -35,19 +34,12 @@ PLANES: dict[int, tuple[tuple[int, int], ...]] = {
 }
 
 
-class Geometry(NamedTuple):
-    """Sizes of a layout: `groups` groups of `width` stored columns each, `blocks` of 16 rows."""
-
-    blocks: int
-    groups: int
-    width: int
-
-
 def pack(form: Grouped, _child: PackChild) -> StoredLinear:
     n, k = form.shape
     groups = form.scales.shape[1]
-    unit = 16 if len(PLANES[form.bits]) == 1 else 32
-    columns, width = _columns(form, groups, unit)
+    if form.codes.dtype != torch.uint8 or form.zeros.shape != (n, groups) or groups < 1:
+        raise ValueError(f"codes {tuple(form.codes.shape)} with zeros {tuple(form.zeros.shape)}")
+    columns, width = _columns(form, groups, _unit(form.bits))
     codes = form.codes
     if columns is not None:
         codes = F.pad(codes, (0, 1)).index_select(1, torch.where(columns < 0, k, columns).long())
@@ -94,6 +86,11 @@ def _columns(form: Grouped, groups: int, unit: int) -> tuple[Tensor | None, int]
     columns = torch.full((groups * width,), -1, dtype=torch.int32, device=index.device)
     columns[index[order] * width + rank] = order.to(torch.int32)
     return columns, width
+
+
+def _unit(bits: int) -> int:
+    """Stored columns that kernels take in one step; the width of a group is a multiple."""
+    return 16 if len(PLANES[bits]) == 1 else 32
 
 
 def _interleave(values: Tensor, plane: int) -> Tensor:
@@ -181,10 +178,38 @@ class GroupedLinear(KernelLinear):
     ) -> None:
         super().__init__(stored, bias, dtype)
         self.bits, self.width = int(stored.meta["bits"]), int(stored.meta["width"])
+        if self.bits not in PLANES or int(stored.meta["n"]) < 1:
+            raise ValueError(f"{self.bits}-bit codes for {self.out_features} rows")
         self.exponent = int(stored.meta["scale_exponent"])
         self.hold(stored, *(f"codes{plane}" for plane, _ in PLANES[self.bits]))
         self.hold(stored, "scales", "zeros", "columns")
+        self._check()
         self._call = self.bind()
+
+    def _check(self) -> None:
+        """Every tensor is as long as the kernels will read.
+
+        Raises:
+            ValueError: the meta and the tensors disagree.
+        """
+        blocks, groups, width = -(-self.out_features // BLOCK), self.scales.shape[1], self.width
+        if width < 1 or width % _unit(self.bits):
+            raise ValueError(f"a group of {width} stored columns for {self.bits} bits")
+        for plane, _ in PLANES[self.bits]:
+            shape = (blocks, groups * width * plane // 32, 64)
+            expect(self.get_buffer(f"codes{plane}"), shape, torch.uint8)
+        expect(self.scales, (blocks, groups, BLOCK), torch.float16)
+        if self.zeros is not None:
+            kinds = (torch.uint8, torch.float16, torch.float32)
+            expect(self.zeros, (blocks, groups, BLOCK), *kinds)
+        if self.columns is None:
+            if self.in_features > groups * width:
+                raise ValueError(f"{groups} groups of {width} hold no {self.in_features} columns")
+            return
+        expect(self.columns, (groups * width,), torch.int32)
+        kept = self.columns[self.columns >= 0]
+        if not torch.equal(kept.sort().values.cpu(), torch.arange(self.in_features)):
+            raise ValueError("the stored column order is not a permutation")
 
     def bind(self) -> NativeCall | None:
         dll = library(Feature.INT8)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-ABI = 1
+ABI = 2
 
 
 class Feature(IntFlag):
@@ -57,10 +57,13 @@ class DenseStruct(ctypes.Structure):
 
     _fields_ = (
         ("weight", ctypes.c_void_p),
+        ("codes", ctypes.c_void_p),
         ("mask", ctypes.c_void_p),
         ("bias", ctypes.c_void_p),
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+        ("pitch", ctypes.c_int64),
     )
 
 
@@ -108,25 +111,25 @@ class NativeCall:
     Args:
         dll: the library; `entry` names the function in it.
         struct: the weight's description; pointers into `keep`.
-        keep: the tensors behind the pointers.
+        keep: what owns the memory behind the pointers.
         max_rows: above this many activation rows another path is faster.
         bf16_input: the kernel reads bf16 only; other activations are rounded to it.
     """
 
-    __slots__ = ("_address", "_dll", "_function", "_keep", "bf16_input", "k", "max_rows", "n")
+    __slots__ = ("_dll", "_function", "_keep", "address", "bf16_input", "k", "max_rows", "n")
 
     def __init__(
         self,
         dll: ctypes.CDLL,
         entry: str,
         struct: GroupedStruct | DenseStruct,
-        keep: tuple[Tensor, ...],
+        keep: tuple[object, ...],
         *,
         max_rows: int,
         bf16_input: bool,
     ) -> None:
         self._dll, self._function, self._keep = dll, getattr(dll, entry), (struct, keep)
-        self._address = ctypes.addressof(struct)
+        self.address = ctypes.addressof(struct)
         self.n, self.k = int(struct.n), int(struct.k)
         self.max_rows, self.bf16_input = max_rows, bf16_input
 
@@ -143,7 +146,7 @@ class NativeCall:
         source = x.to(torch.bfloat16) if self.bf16_input else x
         source = source.contiguous()
         self._function(
-            self._address,
+            self.address,
             source.data_ptr(),
             out.data_ptr(),
             x.numel() // self.k,
@@ -156,27 +159,41 @@ class NativeCall:
         """Rows start..stop of a 2:4 sparse weight, dense, bf16 [stop-start, K]."""
         out = torch.empty(stop - start, self.k, dtype=torch.bfloat16)
         threads = torch.get_num_threads()
-        self._dll.pressgate_expand(self._address, start, stop, out.data_ptr(), threads)
+        self._dll.pressgate_expand(self.address, start, stop, out.data_ptr(), threads)
         return out
 
 
 def dense_call(
+    dll: ctypes.CDLL, weight: Tensor, bias: Tensor | None, *, max_rows: int
+) -> NativeCall:
+    """bf16 weights, row-major [N, K]."""
+    n, k = weight.shape
+    bias = None if bias is None else bias.float()
+    struct = DenseStruct(weight=weight.data_ptr(), bias=_address(bias), n=n, k=k, stride=k, pitch=n)
+    keep = (weight, bias)
+    return NativeCall(dll, "pressgate_dense", struct, keep, max_rows=max_rows, bf16_input=True)
+
+
+def sparse_call(
     dll: ctypes.CDLL,
-    weight: Tensor,
+    values: Tensor | NativeCall,
+    mask: Tensor,
     bias: Tensor | None,
     *,
     k: int,
     max_rows: int,
-    mask: Tensor | None = None,
 ) -> NativeCall:
-    """bf16 weights, row-major [N, K], or with `mask` the kept values of a 2:4 sparse weight."""
+    """2:4 sparse weights: `values` are bf16 [N, Kp/2] or the call of a grouped layer [N, K/2]."""
+    n = mask.shape[0]
     bias = None if bias is None else bias.float()
-    struct = DenseStruct(
-        weight=weight.data_ptr(),
-        mask=None if mask is None else mask.data_ptr(),
-        bias=None if bias is None else bias.data_ptr(),
-        n=weight.shape[0],
-        k=k,
-    )
-    keep = tuple(t for t in (weight, mask, bias) if t is not None)
+    struct = DenseStruct(mask=mask.data_ptr(), bias=_address(bias), n=n, k=k, pitch=n)
+    if isinstance(values, NativeCall):
+        struct.codes = values.address
+    else:
+        struct.weight, struct.stride = values.data_ptr(), values.shape[1]
+    keep = (values, mask, bias)
     return NativeCall(dll, "pressgate_dense", struct, keep, max_rows=max_rows, bf16_input=True)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -118,6 +118,18 @@ class Scheme:
     linear: Callable[[StoredLinear, Tensor | None, torch.dtype, MakeChild], KernelLinear]
 
 
+def expect(tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:
+    """Kernels trust their pointers: a storage tensor of another shape must not reach them.
+
+    Raises:
+        ValueError: not this shape, not one of the dtypes, or not contiguous.
+    """
+    if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
+        raise ValueError(
+            f"storage tensor {tuple(tensor.shape)} {tensor.dtype}, expected {shape} {dtypes}"
+        )
+
+
 def nested(stored: StoredLinear, prefix: str) -> StoredLinear:
     """The child stored under `prefix.` inside a nested form."""
     head = prefix + "."

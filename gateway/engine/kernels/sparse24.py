@@ -16,13 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressors.tensor import Dense, LinearForm, Sparse24, StoredLinear
-from gateway.engine.kernels.native import Feature, NativeCall, dense_call, library
+from gateway.engine.kernels.dense import DenseLinear
+from gateway.engine.kernels.grouped import GroupedLinear
+from gateway.engine.kernels.native import Feature, NativeCall, library, sparse_call
 from gateway.engine.kernels.scheme import (
     KernelLinear,
     MakeChild,
     PackChild,
     Scheme,
     UnpackChild,
+    expect,
     nest,
     nested,
 )
@@ -82,16 +85,25 @@ class Sparse24Linear(KernelLinear):
         super().__init__(stored, bias, dtype)
         self.hold(stored, "mask")
         self.values = child(nested(stored, "values"), None)
+        width = -(-self.in_features // 32) * 16
+        whole = isinstance(self.values, DenseLinear)
+        expect(self.mask, (self.out_features, width // 4), torch.uint8)
+        if self.values.out_features != self.out_features or self.values.in_features != (
+            width if whole else self.in_features // 2
+        ):
+            raise ValueError(f"2:4 sparse values of shape {self.values.extra_repr()}")
         self._call = self.bind()
 
     def bind(self) -> NativeCall | None:
-        weight = getattr(self.values, "weight", None)
-        dll = library(Feature.SPARSE)
-        if dll is None or not self.mask.is_cpu or weight is None or weight.dtype != torch.bfloat16:
+        dll, inner = library(Feature.SPARSE), self.values
+        values: Tensor | NativeCall | None = None
+        if isinstance(inner, DenseLinear) and inner.weight.dtype == torch.bfloat16:
+            values = inner.weight
+        elif isinstance(inner, GroupedLinear) and inner.columns is None:
+            values = inner._call
+        if dll is None or values is None or not self.mask.is_cpu:
             return None
-        return dense_call(
-            dll, weight, self.bias, k=self.in_features, max_rows=MAX_ROWS, mask=self.mask
-        )
+        return sparse_call(dll, values, self.mask, self.bias, k=self.in_features, max_rows=MAX_ROWS)
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         if self._call is not None and dtype == torch.bfloat16:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressors.tensor import Grouped, LinearForm, Sparse24
+from compressors.tensor import Grouped, LinearForm, Sparse24, StoredLinear
 from gateway.engine.kernels.linear import make_linear
 from gateway.engine.kernels.scheme import KernelLinear
 from gateway.engine.kernels.store import pack, unpack
@@ -197,6 +197,32 @@ def test_a_weight_larger_than_the_scratch(backend: str, monkeypatch: pytest.Monk
 def test_a_bias_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(ValueError, match="bias"):
         make_linear(pack(grouped((16, 64))), torch.zeros(15), dtype=torch.float32)
+
+
+def damage(stored: StoredLinear, suffix: str, tensor: Tensor) -> StoredLinear:
+    tensors = dict(stored.tensors) | {suffix: tensor}
+    return StoredLinear(stored.scheme, stored.layout, stored.meta, tensors)
+
+
+@pytest.mark.parametrize(
+    ("form", "suffix", "tensor"),
+    [
+        ("int4", "codes4", torch.zeros(3, 15, 64, dtype=torch.uint8)),
+        ("int4", "scales", torch.zeros(3, 4, 16)),
+        ("int4", "zeros", torch.zeros(3, 3, 16, dtype=torch.uint8)),
+        ("int4-act-order", "columns", torch.zeros(128, dtype=torch.int32)),
+        ("int3-act-order", "columns", torch.full((160,), 2**30, dtype=torch.int32)),
+        ("bf16", "weight", torch.zeros(33, 99)),
+        ("sparse", "mask", torch.zeros(33, 12, dtype=torch.uint8)),
+        ("sparse", "values.weight", torch.zeros(32, 64, dtype=torch.bfloat16)),
+        ("sparse-int8", "values.codes8", torch.zeros(1, 2, 64, dtype=torch.uint8)),
+    ],
+)
+def test_damaged_storage_never_reaches_a_kernel(form: str, suffix: str, tensor: Tensor) -> None:
+    stored = pack(every()[form])
+    assert suffix in stored.tensors
+    with pytest.raises(ValueError, match="stor"):
+        make_linear(damage(stored, suffix, tensor), None, dtype=torch.float32)
 
 
 def test_stacked_compression_computes_what_it_stores(backend: str) -> None:
