@@ -96,11 +96,6 @@ def unpack_words(packed: Tensor, bits: int) -> Tensor:
     return out.reshape(rows, -1)
 
 
-def needs_v2(form: Grouped) -> bool:
-    """Whether the form has a zero point of 0, which version 1 cannot hold safely."""
-    return bool((form.zeros == 0).any())
-
-
 def to_gptq(form: Grouped, version: Version = "gptq") -> GptqTensors:
     """The format's tensors for a form: codes and zero points exact, scales rounded to float16.
 

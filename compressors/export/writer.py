@@ -21,7 +21,6 @@ from torch import Tensor
 from compressors.export.autogptq_format import (
     GptqFormatError,
     Version,
-    needs_v2,
     to_gptq,
 )
 from compressors.export.model import CompressedModel
@@ -58,17 +57,20 @@ def write_gptq(
     folder: str | Path,
     model: CompressedModel,
     *,
+    version: Version | None = None,
     tokenizer_from: str | Path | None = None,
     damp_percent: float = 0.01,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write `model` as a checkpoint that AutoGPTQ, GPTQModel, transformers and vLLM load.
 
-    Codes, zero points and plain tensors are kept exactly; scales are rounded to float16. The first
-    version of the format is used unless a zero point is 0, then `gptq_v2`.
+    Codes, zero points and plain tensors are kept exactly; scales are rounded to float16.
 
     Args:
         folder: must not exist yet.
+        version: by default `gptq`, which everything reads, when all zero points are symmetric, else
+            `gptq_v2`: GPTQModel refuses asymmetric files of the first version from other writers,
+            as their zero points of 0 were often broken. AutoGPTQ itself reads the first only.
         tokenizer_from: folder whose tokenizer files are copied along.
         damp_percent: dampening that GPTQ ran with; recorded for readers that ask for it.
         shard_bytes: largest size of one file (a single larger tensor still makes one file).
@@ -80,7 +82,7 @@ def write_gptq(
     target = Path(folder)
     if target.exists():
         raise FileExistsError(f"{target} exists")
-    layout = _layout(model.forms)
+    layout = _layout(model.forms, version)
     config = dict(model.config)
     config["quantization_config"] = settings = _settings(model, layout, damp_percent)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -96,7 +98,7 @@ def write_gptq(
     return target
 
 
-def _layout(forms: Mapping[str, LinearForm]) -> _Layout:
+def _layout(forms: Mapping[str, LinearForm], version: Version | None) -> _Layout:
     grouped: dict[str, Grouped] = {}
     for module, form in forms.items():
         if isinstance(form, Grouped):
@@ -118,12 +120,13 @@ def _layout(forms: Mapping[str, LinearForm]) -> _Layout:
             raise GptqFormatError(
                 f"{module}: groups of {form.group}, others of {group}; the format has one size"
             )
+    symmetric = all(form.symmetric for form in grouped.values())
     return _Layout(
         bits=head.bits,
         group_size=-1 if per_channel else group,
-        symmetric=all(form.symmetric for form in grouped.values()),
+        symmetric=symmetric,
         act_order=any(form.perm is not None for form in grouped.values()),
-        version="gptq_v2" if any(needs_v2(form) for form in grouped.values()) else "gptq",
+        version=version or ("gptq" if symmetric else "gptq_v2"),
     )
 
 

@@ -17,7 +17,6 @@ from compressors.export.autogptq_format import (
     GptqTensors,
     Version,
     from_gptq,
-    needs_v2,
     pack_words,
     to_gptq,
     unpack_words,
@@ -128,7 +127,6 @@ def test_the_two_versions_differ_by_one_in_every_zero_point() -> None:
 def test_a_zero_point_of_zero_needs_version_two() -> None:
     form = make_form(4)
     form.zeros[3, 1] = 0
-    assert needs_v2(form)
     with pytest.raises(GptqFormatError, match=r"outside 1\.\.15"):
         to_gptq(form, "gptq")
     assert torch.equal(from_gptq(to_gptq(form, "gptq_v2"), 4, 32, "gptq_v2").zeros, form.zeros)

@@ -153,7 +153,9 @@ def test_per_channel_and_narrow_layers(tmp_path: Path) -> None:
 
     _, parts = compressed(LlamaConfig(**SMALL), per_channel)
     folder = write_gptq(tmp_path / "channel", parts)
-    assert gptq_config(folder).group_size == -1  # type: ignore[union-attr]
+    settings = gptq_config(folder)
+    assert settings is not None
+    assert settings.group_size == -1
     for name, form in read_gptq(folder).forms.items():
         assert torch.equal(form.dense(), parts.forms[name].dense())
     # Inputs of 64 and 96 columns in groups of 96: the narrow layers are one group each.
@@ -162,14 +164,22 @@ def test_per_channel_and_narrow_layers(tmp_path: Path) -> None:
         assert torch.equal(form.dense(), parts.forms[name].dense())
 
 
-def test_zero_points_of_zero_switch_to_version_two(tmp_path: Path) -> None:
+def test_asymmetric_zero_points_switch_to_version_two(tmp_path: Path) -> None:
     _, parts = compressed(LlamaConfig(**SMALL))
     name, form = next(iter(parts.forms.items()))
     assert isinstance(form, Grouped)
+    form.zeros[0, 0] = 7
+    for version in (None, "gptq"):
+        folder = write_gptq(tmp_path / f"{version}", parts, version=version)
+        settings = gptq_config(folder)
+        assert settings is not None
+        assert settings.version == (version or "gptq_v2")
+        assert torch.equal(read_gptq(folder).forms[name].dense(), form.dense())
     form.zeros[0, 0] = 0
-    folder = write_gptq(tmp_path / "out", parts)
-    assert gptq_config(folder).version == "gptq_v2"  # type: ignore[union-attr]
-    assert torch.equal(read_gptq(folder).forms[name].dense(), form.dense())
+    back = read_gptq(write_gptq(tmp_path / "zero", parts))
+    assert torch.equal(back.forms[name].dense(), form.dense())
+    with pytest.raises(GptqFormatError, match="q_proj: zero points"):
+        write_gptq(tmp_path / "refused", parts, version="gptq")
 
 
 def test_linears_left_dense_are_named_and_kept(tmp_path: Path) -> None:
@@ -353,9 +363,16 @@ def test_packers_zero_biases_and_tied_copies_are_left_out(folder: Path) -> None:
     find_spec("gptqmodel") is None or find_spec("optimum") is None,
     reason="gptqmodel and optimum, which transformers reads GPTQ with, are not installed",
 )
-def test_transformers_and_gptqmodel_load_what_we_write(folder: Path) -> None:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_transformers_and_gptqmodel_load_what_we_write(symmetric: bool, tmp_path: Path) -> None:
     from gptqmodel import BACKEND, GPTQModel
 
+    _, parts = compressed(LlamaConfig(**SMALL))
+    if not symmetric:
+        for form in parts.forms.values():
+            assert isinstance(form, Grouped)
+            form.zeros[:, 0] = 0
+    folder = write_gptq(tmp_path / "out", parts)
     ids = torch.randint(128, (1, 9))
     config = LlamaConfig(**SMALL)
     expected = filled(read_gptq(folder), config)(ids).logits
