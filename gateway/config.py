@@ -26,7 +26,8 @@ from pydantic_settings import (
 )
 
 from gateway.errors import ConfigError
-from gateway.policy.policy import DEFAULT, Policy
+from gateway.policy.policy import BUILTIN as BUILTIN_POLICIES
+from gateway.policy.policy import Policy
 
 BUILTIN = Path(__file__).parent / "builtin" / "docs-17m"
 DEFAULT_LEVELS = (
@@ -154,7 +155,7 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     api_keys: tuple[ApiKey, ...] = ()
     levels: tuple[str, ...] | Literal["auto"] = DEFAULT_LEVELS
-    policies: tuple[Policy, ...] = (DEFAULT,)
+    policies: tuple[Policy, ...] = BUILTIN_POLICIES
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")

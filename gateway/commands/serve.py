@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Annotated, Any
+import socket
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,9 +20,14 @@ from gateway.commands.options import (
 )
 from gateway.commands.tables import ladder_table, wide_console
 from gateway.config import Settings
+from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
-    from gateway.variants.pool import VariantPool
+    import uvicorn
+
+    from gateway.api.deps import VariantPool as Pool
+
+_GRACE_S = 10  # for requests in flight at shutdown
 
 
 def serve(
@@ -63,31 +69,51 @@ async def _serve(settings: Settings) -> None:
 
     from gateway.app import make_app, open_gateway
 
-    async with open_gateway(settings) as services:
-        options: dict[str, Any] = {"host": settings.host, "port": settings.port}
-        server = uvicorn.Server(
-            uvicorn.Config(
-                make_app(services),
-                **options,
-                log_level="warning",
-                access_log=False,
-                timeout_graceful_shutdown=10,
+    # Taken first: a port in use must be said before a model is read.
+    with _listen(settings) as listener:
+        async with open_gateway(settings) as services:
+            server = uvicorn.Server(
+                uvicorn.Config(
+                    make_app(services),
+                    log_level="warning",
+                    access_log=False,
+                    timeout_graceful_shutdown=_GRACE_S,
+                )
             )
-        )
-        greeting = asyncio.create_task(_greet(server, services.pool, settings))
-        try:
-            await server.serve()
-        finally:
-            greeting.cancel()
+            url = _url(settings.host, listener.getsockname()[1])
+            greeting = asyncio.create_task(_greet(server, services.pool, url))
+            try:
+                await server.serve(sockets=[listener])
+            finally:
+                greeting.cancel()
 
 
-async def _greet(server: Any, pool: VariantPool, settings: Settings) -> None:
+def _listen(settings: Settings) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        ConfigError: the address is not ours or the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        where = f"{settings.host} port {settings.port}"
+        raise ConfigError(f"cannot listen on {where}: {error.strerror}", param="port") from None
+    return listener
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _greet(server: uvicorn.Server, pool: Pool, base: str) -> None:
     """Print the ladder, the URLs and a request to paste once the gateway is ready."""
     while not (server.started and pool.ready):  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.02)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    base = f"http://{host}:{port}"
     console = wide_console()
     for name in pool.models():
         console.print(ladder_table(pool.snapshot(name)))

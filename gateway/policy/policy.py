@@ -46,3 +46,10 @@ class Policy(Budget):
 
 
 DEFAULT = Policy(name="default", max_ppl_ratio=1.02)
+# What a gateway without a configuration offers by name, besides `default`.
+BUILTIN = (
+    DEFAULT,
+    Policy(name="interactive", ttft_ms=300, tpot_ms=40, max_ppl_ratio=1.10),
+    Policy(name="compact", max_ppl_ratio=1.25, objective="memory", on_miss="wait"),
+    Policy(name="fast", max_ppl_ratio=2.0, objective="latency"),
+)

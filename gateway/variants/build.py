@@ -68,7 +68,6 @@ def build(spec: BuildSpec, progress: ProgressFn) -> dict[str, Any]:
         stored = artifact.manifest.total_bytes
     else:
         level, stored = dense, checkpoint.total_bytes
-    torch.set_num_threads(spec.serve_threads)
     progress(_COMPRESSED, "measuring quality")
     windows = evaluation_windows(spec, checkpoint)
     quality = _quality(
@@ -78,6 +77,7 @@ def build(spec: BuildSpec, progress: ProgressFn) -> dict[str, Any]:
         lambda s: progress(_COMPRESSED + (_JUDGED - _COMPRESSED) * s, "measuring quality"),
     )
     progress(_JUDGED, "measuring speed")
+    torch.set_num_threads(spec.serve_threads)
     card = _card(spec, quality, level)
     sizes = {
         "stored_bytes": stored,

@@ -387,12 +387,12 @@ class VariantPool:
         state = JobState.CANCELLED
         error: str | None = None
         try:
-            async with self._build_turn:
-                self._board.start(job.id)
-                await variant.backend.build(
-                    variant.spec.level,
-                    lambda share, message: self._board.progress(job.id, share, message),
-                )
+            # Not in the builds' queue: nobody waits for this, and nobody should wait behind it.
+            self._board.start(job.id)
+            await variant.backend.build(
+                variant.spec.level,
+                lambda share, message: self._board.progress(job.id, share, message),
+            )
             state = JobState.DONE
         except BuildFailed as failure:
             state, error = JobState.FAILED, str(failure)
