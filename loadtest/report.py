@@ -19,6 +19,7 @@ from loadtest.mix import GOALS
 from loadtest.runner import Run
 
 PERCENTILES = (50, 90, 95, 99)
+NO_LEVEL = "none"  # refused or failed before a level was told, or a server that has no levels
 _MAX_ERROR_KINDS = 20
 
 _MEASURES: dict[str, Callable[[Outcome], float | None]] = {
@@ -63,7 +64,7 @@ def summarize(run: Run) -> dict[str, Any]:
     """The whole report of a run, ready for JSON."""
     outcomes = run.outcomes
     by_class = _group(outcomes, lambda outcome: outcome.planned.traffic.name)
-    by_level = _group(outcomes, lambda outcome: outcome.level or "unknown")
+    by_level = _group(outcomes, lambda outcome: outcome.level or NO_LEVEL)
     return {
         "elapsed_seconds": run.elapsed,
         "total": _part(outcomes, run.elapsed),

@@ -2,7 +2,8 @@
 
 Some callers stream without a pause; after a quiet window a build is started through
 `POST /v1/levels/{name}:build`; every gap between two chunks is filed under *before* or *during* (it
-overlaps the build). The level is evicted before each run, so that every run really builds.
+overlaps the build). The level's artifact is deleted before each run, so that every run really
+builds.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Plan:
 
 def command(
     *,
-    level: Annotated[str, typer.Option(help="Level to build; it is evicted before each run.")],
+    level: Annotated[
+        str, typer.Option(help="Level to build; deleted before each run.")
+    ],
     url: opt.Url = "http://127.0.0.1:8000",
     model: opt.ModelName = "docs-17m",
     pinned: Annotated[str, typer.Option(help="Level that streams; - for the gateway's.")] = "bf16",
@@ -143,7 +146,7 @@ async def _stream(
 
 
 async def _evict(client: Client, plan: Plan) -> None:
-    status, answer = await client.call("POST", _path(plan, "evict"))
+    status, answer = await client.call("POST", _path(plan, "evict") + "&delete=true")
     if status >= 400:
         raise BuildProblem(f"evicting {plan.level} was answered with {status}: {answer}")
 

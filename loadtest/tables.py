@@ -6,9 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from loadtest.report import NO_LEVEL
 
 
 def print_report(report: Mapping[str, Any], console: Console) -> None:
@@ -26,9 +29,11 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
         f"({_percent(total['attainment'])} kept all their budgets)"
     )
     console.print(_latencies(total, report["send_lag_ms"]))
-    console.print(_groups("class", report["classes"], report["levels_by_class"]))
-    if set(report["levels"]) != {"unknown"}:
-        console.print(_groups("level", report["levels"], None))
+    console.print(_outcomes("class", report["classes"], report["levels_by_class"]))
+    console.print(_speeds("class", report["classes"]))
+    if set(report["levels"]) != {NO_LEVEL}:
+        console.print(_outcomes("level", report["levels"], None))
+        console.print(_speeds("level", report["levels"]))
     if report["prediction_error"]:
         console.print(_predictions(report["prediction_error"]))
     for text, count in report["errors"].items():
@@ -36,7 +41,7 @@ def print_report(report: Mapping[str, Any], console: Console) -> None:
 
 
 def _latencies(total: Mapping[str, Any], lag: Mapping[str, float] | None) -> Table:
-    table = Table("ms", "mean", "p50", "p90", "p95", "p99", "max", title="Latency")
+    table = _table("ms", "mean", "p50", "p90", "p95", "p99", "max")
     rows = (
         ("TTFT", total["ttft_ms"]),
         ("TTFT from the actual send", total["ttft_from_sent_ms"]),
@@ -48,19 +53,14 @@ def _latencies(total: Mapping[str, Any], lag: Mapping[str, float] | None) -> Tab
     for name, spread in rows:
         if spread:
             table.add_row(name, *(f"{value:.1f}" for value in spread.values()))
-    for column in table.columns[1:]:
-        column.justify = "right"
     return table
 
 
-def _groups(
+def _outcomes(
     title: str, groups: Mapping[str, Any], levels: Mapping[str, Mapping[str, int]] | None
 ) -> Table:
-    table = Table(title, "requests", "refused", "errors", "kept", "missed", "goodput/s", "tokens/s")
-    for name in ("TTFT p50", "p99", "TPOT p50", "p99", "E2E p50", "p99"):
-        table.add_column(name)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    """What became of the requests of each group."""
+    table = _table(title, "sent", "refused", "failed", "kept", "goodput/s", left=("missed",))
     if levels is not None:
         table.add_column("levels")
     for name, part in groups.items():
@@ -70,20 +70,46 @@ def _groups(
             str(part["refused"]),
             str(part["errors"] + part["timeouts"]),
             _percent(part["attainment"]),
-            ", ".join(f"{k.removesuffix('_ms')} {n}" for k, n in part["missed"].items()) or "–",
             f"{part['goodput_per_s']:.2f}",
-            f"{part['output_tokens_per_s']:.1f}",
+            _counts({k.removesuffix("_ms"): n for k, n in part["missed"].items()}),
         ]
-        for measure in ("ttft_ms", "tpot_ms", "latency_ms"):
-            cells += [f"{part[measure][p]:.1f}" if part[measure] else "–" for p in ("p50", "p99")]
         if levels is not None:
-            cells.append(", ".join(f"{k} {n}" for k, n in levels[name].items()) or "–")
+            cells.append(_counts(levels[name]))
         table.add_row(*cells)
     return table
 
 
+def _speeds(title: str, groups: Mapping[str, Any]) -> Table:
+    """How fast each group was: medians and 99th percentiles in ms."""
+    measures = ("ttft_ms", "tpot_ms", "latency_ms")
+    heads = ("TTFT p50", "p99", "TPOT p50", "p99", "E2E p50", "p99", "tokens/s")
+    table = _table(title, *heads)
+    for name, part in groups.items():
+        cells = [
+            f"{part[measure][p]:.1f}" if part[measure] else "–"
+            for measure in measures
+            for p in ("p50", "p99")
+        ]
+        table.add_row(name, *cells, f"{part['output_tokens_per_s']:.1f}")
+    return table
+
+
+def _table(first: str, *right: str, left: tuple[str, ...] = ()) -> Table:
+    """An airy table: names to the left, numbers to the right, then columns of words."""
+    table = Table(first, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in right:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in left:
+        table.add_column(name)
+    return table
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counts.items()) or "–"
+
+
 def _predictions(errors: Mapping[str, Mapping[str, float]]) -> Table:
-    table = Table("prediction", "requests", "MAPE", "median", "predicted / measured")
+    table = _table("prediction", "requests", "MAPE", "median", "predicted / measured")
     for name, error in errors.items():
         table.add_row(
             name.removesuffix("_ms"),

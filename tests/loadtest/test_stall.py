@@ -65,7 +65,7 @@ def test_a_build_that_slows_streams_down_is_found(tmp_path: Path) -> None:
         done = loadtest(*STALL.split(), str(out), "--url", server.url)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
-    assert server.calls == ["int8:evict?model=m", "int8:build?model=m"] * 2
+    assert server.calls == ["int8:evict?model=m&delete=true", "int8:build?model=m"] * 2
     assert {body["model"] for body in server.bodies} == {"m@bf16"}
     # Four times slower by construction; noise may only blur that.
     assert 2 < report["median"]["p50_ratio"] < 6

@@ -1,4 +1,4 @@
-"""A real `pressgate serve` process on a free port, with its own cache folder."""
+"""The gateway as users run it: `pressgate serve`, a process of its own, a free port."""
 
 from __future__ import annotations
 
