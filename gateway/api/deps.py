@@ -48,11 +48,12 @@ async def _quietly(work: Coroutine[Any, Any, None]) -> None:
         log.info("background work: %s", error.message)
 
 
-def services_of(request: Request) -> Services:
+async def services_of(request: Request) -> Services:
+    """Async although it waits for nothing: FastAPI runs plain functions in a thread."""
     return cast(Services, request.app.state.services)
 
 
-def caller_of(request: Request) -> Caller:
+async def caller_of(request: Request) -> Caller:
     """Set by `AuthMiddleware`; an app without it is open."""
     return cast(Caller, request.scope.get("caller", ANYONE))
 

@@ -172,7 +172,7 @@ async def _tokenise(
     body: ChatBody | CompletionBody, tokenizer: TextCodec
 ) -> tuple[tuple[int, ...], ...]:
     if isinstance(body, ChatBody):
-        turns = [{"role": _role(m.role), "content": m.text} for m in body.messages]
+        turns = [{"role": _role(m.role), "content": m.content} for m in body.messages]
         size = sum(len(turn["content"]) for turn in turns)
         ids = tokenizer.chat(turns) if size < _LONG_TEXT else await _off(tokenizer.chat, turns)
         return (_checked(ids, tokenizer, "messages"),)

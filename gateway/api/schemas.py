@@ -86,6 +86,20 @@ def _stops(value: object) -> tuple[str, ...]:
     return tuple(stops)
 
 
+def _content(value: object) -> str:
+    """A turn's text: a string, or text parts put together."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list):
+        raise ValueError("must be a string or a list of text parts")
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            raise ValueError('each part must be {"type": "text", "text": "…"}: text only')
+        texts.append(part["text"])
+    return "".join(texts)
+
+
 def _bias(value: dict[str, float]) -> dict[int, float]:
     try:
         return {int(token): bias for token, bias in value.items()}
@@ -110,6 +124,20 @@ _STOP_SCHEMA = {
     "anyOf": [
         {"type": "string", "minLength": 1},
         {"type": "array", "items": {"type": "string", "minLength": 1}},
+        {"type": "null"},
+    ]
+}
+_CONTENT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                "required": ["type", "text"],
+            },
+        },
         {"type": "null"},
     ]
 }
@@ -191,26 +219,14 @@ class Generate(BaseModel):
         return self
 
 
-class TextPart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    type: Literal["text"]
-    text: str
-
-
 class Message(BaseModel):
-    """One turn. `name` and empty tool fields are accepted and ignored."""
+    """One turn; `content` becomes plain text. `name` and empty tool fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(max_length=256)] | None = None
-
-    @property
-    def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+    content: Annotated[Any, AfterValidator(_content), WithJsonSchema(_CONTENT_SCHEMA)] = ""
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
 
 class ChatBody(Generate):

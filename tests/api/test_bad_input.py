@@ -125,14 +125,20 @@ CASES = [
     case(CHAT, chat(messages=[]), "messages", "messages-empty"),
     case(CHAT, chat(messages="hi"), "messages", "messages-text"),
     case(CHAT, chat(messages=[{"role": "robot", "content": "x"}]), "messages.0.role", "role"),
-    case(CHAT, chat(messages=[{"role": "user", "content": 5}]), "messages.0.content.str", "turn"),
+    case(CHAT, chat(messages=[{"role": "user", "content": 5}]), "messages.0.content", "turn"),
     case(
         CHAT,
         chat(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]),
-        "messages.0.content.str",
+        "messages.0.content",
         "image",
     ),
     case(CHAT, chat(messages=[{"role": "user", "content": "x" * CONTEXT}]), "messages", "long"),
+    case(
+        CHAT,
+        chat(messages=[{"role": "assistant", "content": None, "tool_calls": [{}]}]),
+        "messages.0.tool_calls",
+        "tool-calls",
+    ),
     case(CHAT, chat(max_tokens=0), "max_tokens", "chat-max-tokens-zero"),
     case(CHAT, chat(logprobs=True, top_logprobs=21), "top_logprobs", "top-logprobs-too-many"),
     case(CHAT, chat(top_logprobs=2), "top_logprobs", "top-logprobs-alone"),
@@ -307,4 +313,4 @@ def test_no_body_causes_a_server_error(
 
 def test_the_server_goes_on(http: httpx.Client, gateway: Gateway) -> None:
     assert http.post(TEXT, json=text()).status_code == 200
-    assert gateway.idle()
+    assert gateway.settles()

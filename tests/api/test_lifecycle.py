@@ -72,7 +72,7 @@ def test_a_hang_up_cancels_the_sequences(
     until(lambda: running(gateway) == fields.get("n", 1))
     made_before = gateway.pool.snapshot(MODEL).levels[0].stats.remaining_tokens
     connection.close()
-    until(gateway.idle)
+    assert gateway.settles()
     assert made_before > 3000  # it was far from its end by itself
     assert_counted(server, "499")
 
@@ -90,7 +90,7 @@ def test_a_hang_up_while_the_body_is_sent_is_no_error(slow: tuple[Gateway, LiveS
     connection.sendall(f"{head}content-length: 500\r\n\r\n{{".encode())
     connection.close()
     assert httpx.get(f"{server.url}/healthz").status_code == 200
-    assert gateway.idle()
+    assert gateway.settles()
 
 
 def test_two_hundred_aborted_streams_leave_nothing(server: LiveServer, gateway: Gateway) -> None:
@@ -103,7 +103,7 @@ def test_two_hundred_aborted_streams_leave_nothing(server: LiveServer, gateway: 
 
     with ThreadPoolExecutor(20) as threads:
         list(threads.map(abort, range(200)))
-    until(gateway.idle)
+    assert gateway.settles()
     answer = httpx.post(f"{server.url}{TEXT}", content=body(max_tokens=2), headers=JSON)
     assert answer.status_code == 200
 
@@ -139,7 +139,7 @@ def test_an_engine_error_before_the_first_token_is_a_clean_status(
         assert "secret" not in response.text
         if status in (429, 503):
             assert int(response.headers["retry-after"]) >= 1
-        until(gateway.idle)
+        assert gateway.settles()
         gateway.backend.fault = None
         response = httpx.post(f"{server.url}{TEXT}", content=raw, headers=JSON)
         assert response.status_code == 200
@@ -159,7 +159,7 @@ def test_an_error_within_a_stream_is_an_event_in_openai_s_shape(error: Exception
         assert {"message", "type", "param", "code"} <= set(got[-2]["error"])
         assert len([e for e in got[:-2] if e["choices"][0]["text"]]) >= 3
         assert "secret" not in response.text
-        until(gateway.idle)
+        assert gateway.settles()
 
 
 def test_a_request_over_its_time_is_stopped() -> None:
@@ -174,7 +174,7 @@ def test_a_request_over_its_time_is_stopped() -> None:
         streamed = events(httpx.post(url, content=body(stream=True), headers=JSON))
         assert streamed[-2]["error"]["code"] == "timeout"
         assert len(streamed) > 5
-        until(gateway.idle)
+        assert gateway.settles()
 
 
 def test_more_than_the_limit_at_once_are_told_when_to_come_back() -> None:
@@ -189,7 +189,7 @@ def test_more_than_the_limit_at_once_are_told_when_to_come_back() -> None:
         assert int(refused.headers["retry-after"]) >= 1
         for connection in held:
             connection.close()
-        until(gateway.idle)
+        assert gateway.settles()
         raw = body(max_tokens=2)
         assert httpx.post(f"{server.url}{TEXT}", content=raw, headers=JSON).status_code == 200
 

@@ -242,6 +242,16 @@ def test_models_and_their_levels(client: openai.OpenAI) -> None:
         client.models.retrieve(f"{MODEL}@int3")
 
 
+def test_message_parts_are_one_text(client: openai.OpenAI, gateway: Gateway) -> None:
+    parts = [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]
+    for content in ("hello", parts):
+        messages = [{"role": "developer", "content": content}, {"role": "assistant"}]
+        client.chat.completions.create(model=MODEL, messages=messages, max_tokens=1)  # type: ignore[arg-type]
+    one, two = gateway.backend.seen[-2:]
+    assert one.prompt == two.prompt
+    assert bytes(one.prompt).startswith(b"system: hello")
+
+
 def test_a_pinned_level_serves(client: openai.OpenAI, gateway: Gateway) -> None:
     raw = client.completions.with_raw_response.create(model=f"{MODEL}@bf16", prompt="x")
     assert raw.headers["x-pressgate-level"] == "bf16"

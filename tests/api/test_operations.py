@@ -160,7 +160,7 @@ def test_a_request_that_waits_gets_the_level_it_needs(own: tuple[Gateway, httpx.
     assert (job["state"], job["progress"]) == ("done", 1.0)
     assert job["level"] == answer.headers["x-pressgate-level"]
     assert http.get(f"/v1/jobs/{job['id']}").json() == job
-    assert gateway.idle()
+    assert gateway.settles()
 
 
 def test_a_request_that_does_not_wait_is_told_when_to_come_back(
@@ -188,7 +188,7 @@ def test_build_warm_evict(own: tuple[Gateway, httpx.Client]) -> None:
     assert http.post("/v1/levels/int8:build").status_code == 409
     assert http.post("/v1/levels/int8:warm").json()["state"] == "ready"
     assert http.post("/v1/levels/int8:evict").json()["state"] == "stored"
-    assert gateway.idle()
+    assert gateway.settles()
 
 
 def test_levels_carry_the_card(http: httpx.Client) -> None:
@@ -268,7 +268,7 @@ def test_the_predictor_learns_from_answers(own: tuple[Gateway, httpx.Client]) ->
     gateway, http = own
     for _ in range(5):
         http.post(TEXT, json=text(max_tokens=8))
-    assert gateway.services.predictor.error(MODEL, "bf16").observations == 5
+    wait_until(lambda: gateway.services.predictor.error(MODEL, "bf16").observations == 5)
 
 
 def test_openapi_describes_every_endpoint_and_no_reference_dangles(http: httpx.Client) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -112,6 +113,13 @@ class Gateway:
     @property
     def backend(self) -> WatchedBackend:
         return self.backends[0]
+
+    def settles(self, seconds: float = 10.0) -> bool:
+        """Does it become idle? (An answer reaches its caller just before its end is booked.)"""
+        until = time.monotonic() + seconds
+        while not self.idle() and time.monotonic() < until:
+            time.sleep(0.002)
+        return self.idle()
 
     def idle(self) -> bool:
         """Nothing is held: no permit, no lease, no sequence."""
