@@ -23,7 +23,7 @@ from typing_extensions import Buffer
 
 from cache.blobs import hash_bytes, hash_threads
 from cache.errors import CacheError, ClaimLost, CorruptArtifact
-from cache.files import clear_errors, sync_folder, try_lock, write_all, write_atomic
+from cache.files import clear_errors, sync_all, try_lock, write_all, write_atomic
 from cache.keys import check_digest
 from cache.manifest import Manifest, TensorRecord
 
@@ -126,6 +126,8 @@ class ArtifactWriter:
             raise CacheError(f"{len(missing)} blobs of {self.key} were never put")
         data = manifest.to_json()
         Manifest.from_json(data)  # what cannot be read back must not be published
+        with clear_errors(f"cannot publish artifact {self.key}"):
+            sync_all(self._folder / digest for digest in self._written)
         with clear_errors(f"cannot publish artifact {self.key}"), self._store.locked():
             if guard is not None and not guard():
                 raise ClaimLost(f"artifact {self.key}: another builder took over")
@@ -153,10 +155,8 @@ class ArtifactWriter:
                 target.parent.mkdir(exist_ok=True)
                 (self._folder / digest).replace(target)
                 folders.add(target.parent)
-        for folder in folders:
-            sync_folder(folder)
         if folders:
-            sync_folder(self._store.blobs.folder)
+            sync_all([*folders, self._store.blobs.folder])
 
     def _check_open(self) -> None:
         if self._closed:
@@ -204,7 +204,6 @@ class BlobWriter:
         if self._hash.hexdigest() != check_digest(digest):
             raise CorruptArtifact(f"blob {digest}: its bytes do not match its digest")
         with clear_errors(f"cannot write blob {digest}"):
-            os.fsync(self._descriptor)
             self._temporary.replace(self._temporary.with_name(digest))
         self._writer.staged(digest)
 

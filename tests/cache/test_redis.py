@@ -109,7 +109,7 @@ async def test_a_host_asks_only_for_what_it_lacks(
     assert there.verify().corrupt == ()
 
 
-@pytest.mark.parametrize("how", ["flip", "short", "gone"])
+@pytest.mark.parametrize("how", ["flip", "short", "long", "gone"])
 async def test_a_damaged_chunk_is_found_removed_and_missed(
     here: DiskStore, there: DiskStore, redis_server: RedisServer, how: str
 ) -> None:
@@ -126,6 +126,8 @@ async def test_a_damaged_chunk_is_found_removed_and_missed(
             client.set(name, bytes([data[0] ^ 1]) + data[1:])
         elif how == "short":
             client.set(name, data[:-1])
+        elif how == "long":
+            client.set(name, data + data)
         else:
             client.delete(name)
         assert not await store.fetch(key_of("int8"), there)

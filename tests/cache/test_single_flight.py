@@ -189,6 +189,21 @@ async def test_a_lost_lock_is_noticed_by_the_heartbeat(
     assert await first == "someone else's"
 
 
+async def test_the_result_of_a_deposed_leader_is_dropped(
+    flights: Flights, redis_server: RedisServer
+) -> None:
+    """Also when its work forgot to ask."""
+    one, bench = flights("a"), Bench()
+
+    async def careless(claim: Claim) -> str:
+        with redis_server.client() as client:
+            client.set(next(client.scan_iter("*lock*")), f"{claim.token + 1}:someone-else")
+        bench.result = "someone else's"
+        return "mine"
+
+    assert await one.run("k", careless, bench.done) == "someone else's"
+
+
 async def test_redis_lost_and_back_empty_keeps_the_leader(
     flights: Flights, redis_server: RedisServer
 ) -> None:
