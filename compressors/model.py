@@ -221,14 +221,14 @@ def parse_config(config: Mapping[str, Any]) -> Any:
     plain = {key: value for key, value in config.items() if key != "auto_map"}
     try:
         return CONFIG_MAPPING[model_type].from_dict(plain)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # config classes raise whatever their checks stumble over
         raise CheckpointError(f"config.json is not a valid {model_type} config: {error}") from error
 
 
 def build_skeleton(
     config: Mapping[str, Any],
     *,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """The causal LM of `config` with every parameter on the meta device and every buffer real.
@@ -237,6 +237,7 @@ def build_skeleton(
     so they must exist; parameters cost nothing until `set_tensor` fills them.
 
     Args:
+        attn_implementation: None lets transformers choose the best that the architecture has.
         dtype: of the parameters; None is the config's.
 
     Raises:
@@ -260,7 +261,7 @@ def build_skeleton(
         model: nn.Module = AutoModelForCausalLM.from_config(
             parsed, attn_implementation=attn_implementation, dtype=parsed.dtype
         )
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # so do model classes, on a config they did not expect
         raise CheckpointError(
             f"transformers cannot build a causal LM of model_type {parsed.model_type!r}: {error}"
         ) from error
@@ -289,14 +290,15 @@ def set_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 def source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     """Name of every parameter and persistent buffer of `model` → its name in the checkpoint.
 
-    Tied parameters appear once. Checkpoints saved from the base model lack its prefix (or a causal
-    LM's have it); both are understood. Persistent buffers that are not stored keep their built
-    value.
+    Tied parameters appear once. Names of older checkpoints are understood as transformers does
+    (`embed_out`, or a base model's without its prefix). Persistent buffers that are not stored keep
+    their built value.
 
     Raises:
         CheckpointError: a parameter is missing or has another shape.
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    stored_as = _current_names(checkpoint, model)
     parameters = dict(model.named_parameters())
     wanted: dict[str, Tensor] = dict(parameters)
     stored = model.state_dict(keep_vars=True)
@@ -304,7 +306,7 @@ def source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     names: dict[str, str] = {}
     for name, tensor in wanted.items():
         candidates = (name, name.removeprefix(prefix), prefix + name)
-        found = next((c for c in candidates if c in checkpoint), None)
+        found = next((stored_as[c] for c in candidates if c in stored_as), None)
         if found is None:
             if name in parameters:
                 raise CheckpointError(f"{checkpoint.folder}: no tensor for parameter {name}")
@@ -315,6 +317,21 @@ def source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
                 f"the config says {list(tensor.shape)}"
             )
         names[name] = found
+    return names
+
+
+def _current_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
+    """Today's name of every stored tensor → the name it is stored under."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    names = {}
+    for stored in checkpoint.names:
+        name = stored
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        names[name] = stored
     return names
 
 

@@ -58,7 +58,7 @@ class Method:
 
     `prior` maps the method's strength (bits; percent kept; 50 for 2:4) to the expected quality,
     for quantization at group 128. `variant` names the method inside a level name, e.g. `gptq` in
-    `int4-gptq-g128`.
+    `int4-gptq-g128`. A `whole_model` method does the job itself and stands alone in a recipe.
     """
 
     variant: str
@@ -67,6 +67,7 @@ class Method:
     target: str
     needs_calibration: bool
     prior: dict[int, Quality]
+    whole_model: bool = False
 
     def module(self) -> ModuleType:
         """The method's module, imported now."""

@@ -1,0 +1,119 @@
+"""Level names: canonical, total, and refused with the reason."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compressors.recipe import BITS, Recipe, RecipeError
+from compressors.registry import METHODS, estimate, variants
+
+quantize = st.builds(
+    "int{}-{}-g{}".format,
+    st.sampled_from(BITS),
+    st.sampled_from([v for v in variants("quantize") if not METHODS[v].whole_model]),
+    st.sampled_from(["32", "64", "128", "ch"]),
+)
+middle = st.one_of(
+    st.builds("sparse24-{}".format, st.sampled_from(variants("sparse24"))),
+    st.builds("lowrank-{}".format, st.integers(5, 99)),
+)
+depth = st.builds("depth-{}".format, st.integers(5, 99))
+names = (
+    st.tuples(st.none() | depth, st.none() | middle, st.none() | quantize)
+    .map(lambda parts: "+".join(part for part in parts if part))
+    .filter(bool)
+)
+
+
+@given(names)
+def test_every_well_ordered_stack_parses_and_prints_canonically(name: str) -> None:
+    recipe = Recipe.parse(name)
+    assert Recipe.parse(recipe.name) == recipe
+    assert hash(Recipe.parse(recipe.name)) == hash(recipe)
+    assert len(recipe.steps) == name.count("+") + 1
+
+
+@given(names)
+def test_an_estimate_is_possible_for_every_recipe_and_stacking_never_improves(name: str) -> None:
+    whole = estimate(Recipe.parse(name))
+    assert whole.perplexity_ratio >= 1
+    assert 0 <= whole.top1_agreement <= 1
+    assert 0 < whole.size_ratio < 1
+    for part in name.split("+"):
+        single = estimate(Recipe.parse(part))
+        assert whole.perplexity_ratio >= single.perplexity_ratio - 1e-9
+        assert whole.kl_nats >= single.kl_nats - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "calibrated"),
+    [
+        ("fp32", "dense", False),
+        ("bf16", "dense", False),
+        ("int8", "quantization", False),
+        ("int4-hqq-g64", "quantization", False),
+        ("int4-gptq-g128", "quantization", True),
+        ("sparse24-magnitude", "pruning", False),
+        ("sparse24-wanda", "pruning", True),
+        ("depth-75", "pruning", True),
+        ("lowrank-80", "lowrank", True),
+        ("lowrank-80+int8", "lowrank", True),
+        ("depth-75+int4-rtn-g64", "pruning", True),
+    ],
+)
+def test_family_and_need_of_calibration(name: str, family: str, calibrated: bool) -> None:
+    recipe = Recipe.parse(name)
+    assert (recipe.family, recipe.needs_calibration) == (family, calibrated)
+
+
+def test_one_recipe_has_one_name() -> None:
+    assert Recipe.parse("int8-rtn-gch").name == "int8"
+    assert Recipe.parse(" INT4-RTN-G64 ").name == "int4-rtn-g64"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("", "known: fp32"),
+        ("int5-rtn-g64", "2, 3, 4, 8"),
+        ("int4-magic-g64", "rtn, hqq, gptq"),
+        ("int4-rtn-g7", "multiple of 8"),
+        ("int4-rtn-g0", "multiple of 8"),
+        ("sparse24-magic", "magnitude, wanda"),
+        ("depth-0", "5 to 99"),
+        ("depth-100", "5 to 99"),
+        ("lowrank-999999999999", "5 to 99"),
+        ("int8+depth-75", "depth-75+int8"),
+        ("int8+int4-rtn-g64", "both quantization"),
+        ("lowrank-80+sparse24-wanda", "both low rank or sparsity"),
+        ("bf16+int8", "dense level"),
+        ("int8+", "known:"),
+        ("a" * 1000, "longer than"),
+        ("../../etc/passwd", "known:"),
+    ],
+)
+def test_what_is_wrong_is_said(name: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says.replace("+", r"\+")):
+        Recipe.parse(name)
+
+
+def test_every_method_is_where_the_table_says() -> None:
+    for method in METHODS.values():
+        assert callable(method.load())
+        if method.needs_calibration and method.kind != "depth" and not method.whole_model:
+            assert callable(method.module().empty)
+            assert callable(method.module().accumulate)
+
+
+def test_names_cost_no_torch() -> None:
+    code = (
+        "import sys; from compressors.recipe import Recipe\n"
+        "from compressors.registry import estimate\n"
+        "estimate(Recipe.parse('depth-75+int4-gptq-g128')); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
