@@ -104,7 +104,7 @@ class _Base:
 
     def __init__(self, model: str, n: int, include_usage: bool) -> None:
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
-        self._head = {"id": self.id, "created": int(time.time()), "model": model}
+        self._head = {"id": self.id, "object": "", "created": int(time.time()), "model": model}
         self._tail: dict[str, Any] = {"usage": None} if include_usage else {}
         self._frames = [self._frame(index) for index in range(n)]
 
