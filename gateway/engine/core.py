@@ -347,9 +347,11 @@ def _score_prompt(job: Job, chunk: Chunk, rows: Tensor) -> None:
     """Score the prompt tokens that follow the chunk's positions; `rows` is [length, vocab]."""
     stop = min(chunk.start + chunk.length + 1, job.seq.prompt_length)
     targets = job.seq.tokens[chunk.start + 1 : stop]
-    if targets and chunk.start + 1 == len(job.prompt_scores):
+    # After a preemption the prompt runs again, in other chunks: skip what is scored already.
+    known = len(job.prompt_scores) - (chunk.start + 1)
+    if 0 <= known < len(targets):
         top = job.request.sampling.logprobs or 0
-        job.prompt_scores += score(rows[: len(targets)], targets, top)
+        job.prompt_scores += score(rows[known : len(targets)], targets[known:], top)
 
 
 def _logprob(tokenizer: Tokenizer, scored: Scored) -> TokenLogprob:

@@ -96,6 +96,25 @@ def test_logprobs_match_the_full_forward(
         assert [p for _, _, p in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
 
 
+def test_prompt_logprobs_survive_preemption(checkpoint: Maker, bytes_tokenizer: Tokenizer) -> None:
+    model = build_model(weights_of(checkpoint("llama")))
+    ragged = prompts(6, longest=60, seed=5)
+
+    def scores(kv_blocks: int, chunk: int) -> tuple[list[list[float | None]], int]:
+        core = small_core(kv_bytes=model.layout.block_bytes(4) * kv_blocks, prefill_chunk=chunk)
+        core.attach("v", model, bytes_tokenizer)
+        jobs = [Job("v", request(p, 12, prompt_logprobs=True), bytes_tokenizer) for p in ragged]
+        scored = [events[0].prompt_logprobs or () for events in run(core, jobs)]
+        return [[s.logprob for s in one] for one in scored], core.stats("v").preemptions
+
+    roomy, _ = scores(400, 64)
+    squeezed, preemptions = scores(26, 5)
+    assert preemptions > 0
+    for prompt, left, right in zip(ragged, roomy, squeezed, strict=True):
+        assert len(left) == len(right) == len(prompt)
+        assert left[1:] == pytest.approx(right[1:], abs=1e-4)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_window_logits_match(family: str, checkpoint: Maker) -> None:
     folder = checkpoint(family)
