@@ -112,7 +112,7 @@ class NativeCall:
         dll: the library; `entry` names the function in it.
         struct: the weight's description; pointers into `keep`.
         keep: what owns the memory behind the pointers.
-        max_rows: above this many activation rows another path is faster.
+        max_rows: above this many rows of bf16 activations another path is faster.
         bf16_input: the kernel reads bf16 only; other activations are rounded to it.
     """
 
@@ -135,11 +135,12 @@ class NativeCall:
 
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel accepts these activations (and is the faster path for so many)."""
-        return (
-            x.is_cpu
-            and x.dtype in (torch.bfloat16, torch.float32)
-            and 0 < x.numel() <= self.max_rows * self.k
-        )
+        if not x.is_cpu:
+            return False
+        if x.dtype is torch.bfloat16:
+            return 0 < x.numel() <= self.max_rows * self.k
+        # Always for float32: with its rounding to bf16 here and not there, a batch would show.
+        return x.dtype is torch.float32 and x.numel() > 0
 
     def __call__(self, x: Tensor) -> Tensor:
         out = torch.empty((*x.shape[:-1], self.n), dtype=x.dtype)

@@ -76,12 +76,12 @@ class KernelLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         step = max(16, SCRATCH_BYTES // (self.in_features * x.element_size()) // 16 * 16)
         if step >= self.out_features:
-            return F.linear(x, self.dense_rows(0, self.out_features, x.dtype), bias)
+            return product(x, self.dense_rows(0, self.out_features, x.dtype), bias)
         out = x.new_empty((*x.shape[:-1], self.out_features))
         for start in range(0, self.out_features, step):
             stop = min(start + step, self.out_features)
             part = None if bias is None else bias[start:stop]
-            out[..., start:stop] = F.linear(x, self.dense_rows(start, stop, x.dtype), part)
+            out[..., start:stop] = product(x, self.dense_rows(start, stop, x.dtype), part)
         return out
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> KernelLinear:
@@ -116,6 +116,14 @@ class Scheme:
     pack: Callable[[Any, PackChild], StoredLinear]
     unpack: Callable[[StoredLinear, UnpackChild], LinearForm]
     linear: Callable[[StoredLinear, Tensor | None, torch.dtype, MakeChild], KernelLinear]
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`, but in float32 on a CPU through oneDNN: twice as fast as MKL's sgemm on AMD."""
+    if x.is_cpu and x.dtype == torch.float32 and torch._C._has_mkldnn:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return out
+    return F.linear(x, weight, bias)
 
 
 def expect(tensor: Tensor, shape: tuple[int, ...], *dtypes: torch.dtype) -> None:

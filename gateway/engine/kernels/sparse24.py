@@ -31,7 +31,7 @@ from gateway.engine.kernels.scheme import (
 )
 
 # Measured: beyond, expanding the weight piece by piece for oneDNN's bf16 product is faster.
-MAX_ROWS = 48
+MAX_ROWS = 32
 _BITS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
