@@ -63,6 +63,7 @@ async def open_backends(settings: Settings) -> AsyncIterator[Parts]:
     Raises:
         ConfigError, ModelError: the configuration or a model cannot be used.
     """
+    await asyncio.to_thread(_check_texts, settings)
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         redis = _redis(settings, metrics)
@@ -117,11 +118,14 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
             parts.backends,
             memory_budget=settings.memory_budget,
             max_jobs=settings.build.max_jobs,
+            kv_budget=parts.runtime.kv_budget,
+            kv_bytes=lambda: parts.runtime.kv_bytes,
             on_job=metrics.job_changed,
             on_load=metrics.loaded,
         )
         stack.push_async_callback(pool.close)
         await pool.open()
+        _check_memory(settings, parts.backends)
         parts.cards.listen(_learn(pool, parts.backends))
         metrics.watch(pool)
         policy_store = PolicyStore(settings.policies, parts.documents)
@@ -149,6 +153,43 @@ def make_app(services: Services) -> FastAPI:
     app.add_middleware(BodyLimitMiddleware, max_bytes=services.settings.limits.max_body_bytes)
     app.add_middleware(AuthMiddleware, keys=services.settings.api_keys)
     return app
+
+
+def _check_texts(settings: Settings) -> None:
+    """A text file that cannot be read is said at start, not by the first build.
+
+    Raises:
+        ConfigError.
+    """
+    for name in ("calibration", "eval_text"):
+        file = getattr(settings.build, name)
+        try:
+            if file is not None:
+                file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"build.{name}: {file}: not UTF-8: {error.reason}", param=name
+            ) from None
+        except OSError as error:
+            raise ConfigError(f"build.{name}: {file}: {error.strerror}", param=name) from None
+
+
+def _check_memory(settings: Settings, backends: tuple[Backend, ...]) -> None:
+    """A budget that cannot hold a model's own weights would never become ready.
+
+    Raises:
+        ConfigError: with the budget that would do.
+    """
+    budget, share = settings.memory_budget, settings.engine.kv_fraction
+    for backend in backends:
+        weights = backend.load_bytes(backend.default_level)
+        if weights > budget * (1 - share):
+            raise ConfigError(
+                f"memory_budget: {budget / 1e6:.0f} MB is too little for {backend.model}: "
+                f"{backend.default_level} weighs {weights / 1e6:.0f} MB and {share:.0%} of the "
+                f"budget is KV cache; set at least {weights / (1 - share) / 1e6 + 1:.0f} MB",
+                param="memory_budget",
+            )
 
 
 def _redis(settings: Settings, metrics: Metrics) -> RedisStore | None:

@@ -87,7 +87,7 @@ def is_under(name: str, *prefixes: str) -> bool:
 
 @pytest.mark.parametrize("name", MODULES, ids=str)
 def test_packages_below_the_gateway_import_no_sibling(name: str) -> None:
-    package = name.split(".")[0]
+    package = name.split(".", maxsplit=1)[0]
     if package == "gateway":
         return
     others = [other for other in PACKAGES if other != package]

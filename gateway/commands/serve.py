@@ -25,7 +25,7 @@ from gateway.errors import ConfigError
 if TYPE_CHECKING:
     import uvicorn
 
-    from gateway.api.deps import VariantPool as Pool
+    from gateway.variants.pool import VariantPool as Pool
 
 _GRACE_S = 10  # for requests in flight at shutdown
 

@@ -67,10 +67,6 @@ class Backend(Protocol):
         """Bytes `load` will make resident, best knowledge."""
         ...
 
-    def kv_bytes(self) -> int:
-        """Bytes of KV pools that exist now."""
-        ...
-
     async def load(self, level: str) -> Loaded | None:
         """Bring a stored level into memory; None when its bytes turned out to be gone or altered.
 

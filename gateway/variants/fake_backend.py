@@ -72,9 +72,6 @@ class FakeBackend:
     def load_bytes(self, level: str) -> int:
         return self.card(level).resident_bytes
 
-    def kv_bytes(self) -> int:
-        return 0
-
     async def load(self, level: str) -> Loaded | None:
         if level not in self._built:
             return None

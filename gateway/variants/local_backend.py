@@ -35,6 +35,7 @@ from gateway.variants.jobs import BuildFailed, run_worker
 from gateway.variants.spec import BuildSpec
 
 if TYPE_CHECKING:
+    from cache.artifact import Artifact
     from compressors.export.reader import GptqConfig
     from compressors.model import Checkpoint
     from gateway.engine.local import LocalRuntime
@@ -56,6 +57,8 @@ class Runtime:
         self._settings = settings
         self._runtime: LocalRuntime | None = None
         self.threads = settings.threads or os.cpu_count() or 1
+        has_weights = any(model.fake is None for model in settings.models)
+        self.kv_budget = int(settings.memory_budget * settings.engine.kv_fraction) * has_weights
 
     @property
     def kv_bytes(self) -> int:
@@ -84,7 +87,7 @@ class Runtime:
                     max_waiting=engine.max_waiting,
                     prefill_chunk=engine.prefill_chunk,
                     block_size=engine.block_size,
-                    kv_bytes=int(self._settings.memory_budget * engine.kv_fraction),
+                    kv_bytes=self.kv_budget,
                     prefix_cache=engine.prefix_cache,
                 )
             )
@@ -217,9 +220,6 @@ class LocalBackend:
             return 0
         return self.card(level).resident_bytes
 
-    def kv_bytes(self) -> int:
-        return self._shared.runtime.kv_bytes
-
     # -- acts -------------------------------------------------------------------------------
 
     async def load(self, level: str) -> Loaded | None:
@@ -230,9 +230,8 @@ class LocalBackend:
         weights = await self._weights(level)
         if weights is None:
             return None
-        local = await self._shared.runtime.get().load(
-            f"{self.model}@{level}", weights, self._native_tokenizer()
-        )
+        runtime = await asyncio.to_thread(self._shared.runtime.get)
+        local = await runtime.load(f"{self.model}@{level}", weights, self._native_tokenizer())
         return Loaded(local, local.resident_bytes, time.monotonic() - began)
 
     async def build(self, level: str, on_progress: ProgressFn) -> None:
@@ -304,19 +303,30 @@ class LocalBackend:
         return self._tokenizer
 
     async def _weights(self, level: str) -> VariantWeights | None:
-        from compressors.model import torch_dtype
-        from gateway.variants.artifact import dense_weights, imported_weights, weights_of
-
-        dtype = torch_dtype(self._compute_dtype(level))
-        if self._imported is not None:
-            return await asyncio.to_thread(imported_weights, self._folder, dtype)
         if level == self.default_level:
-            assert self._checkpoint is not None
-            return await asyncio.to_thread(dense_weights, self._checkpoint, dtype)
+            return await asyncio.to_thread(self._own_weights, level)
         artifact = await self._shared.store.fetch(self.key(level))
         if artifact is None:
             return None
-        return await asyncio.to_thread(weights_of, artifact, dtype)
+        return await asyncio.to_thread(self._artifact_weights, level, artifact)
+
+    # In threads: the first call imports torch's and transformers' model code.
+
+    def _own_weights(self, level: str) -> VariantWeights:
+        from compressors.model import torch_dtype
+        from gateway.variants.artifact import dense_weights, imported_weights
+
+        dtype = torch_dtype(self._compute_dtype(level))
+        if self._imported is not None:
+            return imported_weights(self._folder, dtype)
+        assert self._checkpoint is not None
+        return dense_weights(self._checkpoint, dtype)
+
+    def _artifact_weights(self, level: str, artifact: Artifact) -> VariantWeights:
+        from compressors.model import torch_dtype
+        from gateway.variants.artifact import weights_of
+
+        return weights_of(artifact, torch_dtype(self._compute_dtype(level)))
 
     def _compute_dtype(self, level: str) -> str:
         """A dense level computes in its own type, others as configured or as the checkpoint."""

@@ -52,7 +52,11 @@ class _Variant:
 
 
 class VariantPool:
-    """Levels of every model under one byte budget for weights and KV."""
+    """Levels of every model under one byte budget for weights and KV.
+
+    Of `memory_budget` bytes, `kv_budget` are kept free for KV pools, whose present size `kv_bytes`
+    tells; weights share the rest.
+    """
 
     def __init__(
         self,
@@ -60,6 +64,8 @@ class VariantPool:
         *,
         memory_budget: int,
         max_jobs: int,
+        kv_budget: int = 0,
+        kv_bytes: Callable[[], int] = lambda: 0,
         on_job: Callable[[Job], None] = lambda _job: None,
         on_load: Callable[[str, str, float], None] = lambda _model, _level, _seconds: None,
         clock: Callable[[], float] = time.monotonic,
@@ -67,12 +73,15 @@ class VariantPool:
         self._backends = {backend.model: backend for backend in backends}
         self._variants: dict[str, dict[str, _Variant]] = {}
         self._budget = memory_budget
+        self._kv_budget = kv_budget
+        self._kv_bytes = kv_bytes
         self._board = JobBoard(max_jobs, on_job)
         self._on_load = on_load
         self._clock = clock
         self._build_turn = asyncio.Semaphore(1)  # one worker at a time: builds are heavy
         self._load_turn = asyncio.Lock()  # one load at a time, so that memory is counted once
         self._closing = False
+        self._loaded_defaults = False
 
     # -- life -------------------------------------------------------------------------------
 
@@ -98,6 +107,7 @@ class VariantPool:
         """
         for backend in self._backends.values():
             await self.warm(backend.model, backend.default_level)
+        self._loaded_defaults = True
         for backend in self._backends.values():
             variant = self._variants[backend.model][backend.default_level]
             if not backend.card(backend.default_level).measured and variant.building is None:
@@ -128,20 +138,16 @@ class VariantPool:
 
     @property
     def ready(self) -> bool:
-        """Every model's default level can serve."""
-        return bool(self._variants) and all(
-            any(v.state is State.READY for v in variants.values())
-            for variants in self._variants.values()
-        )
+        """Every model's default level has been loaded; unloading one for room does not unready."""
+        return self._loaded_defaults and not self._closing
 
     @property
     def memory_budget(self) -> int:
         return self._budget
 
     def memory_used(self) -> int:
-        """Bytes of weights resident or being loaded, plus KV pools."""
-        weights = sum(variant.resident_bytes for variant in self._all())
-        return weights + sum(backend.kv_bytes() for backend in self._backends.values())
+        """Bytes of weights resident or being loaded, plus KV pools that exist."""
+        return self._weight_bytes() + self._kv_bytes()
 
     def models(self) -> list[str]:
         return list(self._backends)
@@ -258,6 +264,9 @@ class VariantPool:
 
     def _all(self) -> Iterable[_Variant]:
         return [v for variants in self._variants.values() for v in variants.values()]
+
+    def _weight_bytes(self) -> int:
+        return sum(variant.resident_bytes for variant in self._all())
 
     def _backend(self, model: str) -> Backend:
         if model not in self._backends:
@@ -436,7 +445,8 @@ class VariantPool:
         Raises:
             Overloaded: what stays is leased and leaves no room.
         """
-        while self.memory_used() > self._budget:
+        room = self._budget - self._kv_budget
+        while self._weight_bytes() > room:
             idle = [
                 other
                 for other in self._all()
@@ -445,7 +455,7 @@ class VariantPool:
             if not idle:
                 raise Overloaded(
                     f"{variant.name} needs {variant.resident_bytes / 1e6:.0f} MB; "
-                    f"{self.memory_used() / 1e6:.0f} of {self._budget / 1e6:.0f} MB are in use",
+                    f"only {room / 1e6:.0f} MB are for weights and other levels are in use",
                     code="out_of_memory",
                     retry_after=2.0,
                 )
