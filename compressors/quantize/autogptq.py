@@ -186,7 +186,16 @@ def _quantize(
         for ids in (window.reshape(1, -1).long() for window in windows)
     ]
     with autogptq_compat.running(blocks, device, on_block):
-        model.quantize(examples, batch_size=BATCH, use_triton=False, cache_examples_on_gpu=False)
+        try:
+            model.quantize(
+                examples, batch_size=BATCH, use_triton=False, cache_examples_on_gpu=False
+            )
+        except (TypeError, AttributeError, KeyError) as error:
+            # E.g. GPT-2, whose blocks transformers now calls with positional arguments.
+            raise CompressionError(
+                f"auto-gptq 0.7.1 cannot run the blocks of transformers' current "
+                f"{type(model.model).__name__} ({error}); use the gptq method instead"
+            ) from error
 
 
 def _any_in(block: nn.Module, names: Sequence[str]) -> bool:

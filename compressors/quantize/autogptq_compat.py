@@ -1,7 +1,7 @@
 """Makes auto-gptq 0.7.1 importable and runnable beside current transformers and peft, for a while.
 
-The package was last released in March 2024. Since then transformers 5 and peft dropped four names
-that it imports and never needs here, decoder blocks began to return a tensor where it expects a
+The package was last released in March 2024. Since then transformers 5 and peft dropped names
+that it imports and hardly needs here, decoder blocks began to return a tensor where it expects a
 tuple, and three of its lines take a CUDA device for granted. `load()` supplies the names while
 the package is imported; `running(...)` bridges the rest while it quantizes. Both put back
 what they found; auto-gptq itself stays imported and unpatched.
@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -23,16 +23,6 @@ from torch import nn
 from compressors.base import CompressionError
 
 INSTALL_HINT = "pip install 'pressgate[auto-gptq]'"
-
-# Names that auto_gptq imports at module level, and where from. None of them is called on the way
-# from a loaded model to packed layers: uploads, a faster initialisation, LoRA training.
-_DROPPED = (
-    ("transformers.modeling_utils", "no_init_weights"),
-    ("transformers.utils.hub", "create_commit"),
-    ("transformers.utils.hub", "create_repo"),
-    ("transformers.utils.hub", "CommitOperationAdd"),
-    ("peft.peft_model", "PEFT_TYPE_TO_MODEL_MAPPING"),
-)
 
 
 class AutoGptqMissing(CompressionError):
@@ -47,6 +37,17 @@ class _Dropped:
 
     def __init__(self, *_args: object, **_kwargs: object) -> None:
         raise NotImplementedError("this part of auto-gptq needs an older transformers or peft")
+
+
+# Names that auto_gptq imports at module level, where from, and what stands in. The first was a
+# context that skips initialisation, to load faster; the others are for uploads and LoRA training.
+DROPPED: tuple[tuple[str, str, Any], ...] = (
+    ("transformers.modeling_utils", "no_init_weights", nullcontext),
+    ("transformers.utils.hub", "create_commit", _Dropped),
+    ("transformers.utils.hub", "create_repo", _Dropped),
+    ("transformers.utils.hub", "CommitOperationAdd", _Dropped),
+    ("peft.peft_model", "PEFT_TYPE_TO_MODEL_MAPPING", {}),
+)
 
 
 def load() -> ModuleType:
@@ -73,10 +74,10 @@ def load() -> ModuleType:
 @contextmanager
 def _names_restored() -> Iterator[None]:
     with ExitStack() as stack:
-        for module_name, name in _DROPPED:
+        for module_name, name, stand_in in DROPPED:
             module = importlib.import_module(module_name)
             if not hasattr(module, name):
-                stack.enter_context(_attribute(module, name, _Dropped))
+                stack.enter_context(_attribute(module, name, stand_in))
         yield
 
 

@@ -23,6 +23,7 @@ from transformers import (
     Qwen2Config,
 )
 
+import gateway
 from compressors.base import CompressionError
 from compressors.export.autogptq_format import GptqFormatError
 from compressors.export.model import CollectingSink, CompressedModel
@@ -372,7 +373,9 @@ def test_transformers_and_gptqmodel_load_what_we_write(symmetric: bool, tmp_path
         for form in parts.forms.values():
             assert isinstance(form, Grouped)
             form.zeros[:, 0] = 0
-    folder = write_gptq(tmp_path / "out", parts)
+    # GPTQModel insists on a tokenizer; whose does not matter.
+    tokenizer = Path(gateway.__file__).parent / "builtin" / "docs-17m"
+    folder = write_gptq(tmp_path / "out", parts, tokenizer_from=tokenizer)
     ids = torch.randint(128, (1, 9))
     config = LlamaConfig(**SMALL)
     expected = filled(read_gptq(folder), config)(ids).logits
