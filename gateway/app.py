@@ -36,8 +36,9 @@ from gateway.policy.store import PolicyStore
 from gateway.variants.backend import Backend
 from gateway.variants.cards import CardBook, host_name
 from gateway.variants.fake_backend import FakeBackend
-from gateway.variants.local_backend import LocalBackend, Runtime, Shared
+from gateway.variants.local_backend import LocalBackend
 from gateway.variants.pool import VariantPool
+from gateway.variants.shared import Runtime, Shared
 
 log = logging.getLogger(__name__)
 

@@ -9,36 +9,31 @@ import asyncio
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
 from cache.errors import CacheError
 from cache.keys import variant_key
 from cache.lock import Claim
-from cache.single_flight import SingleFlight
-from cache.tiered import ArtifactStore
 from compressors.recipe import Recipe
 from compressors.registry import estimate
-from gateway.config import Model, Settings, Upstream
+from gateway.config import Model, Upstream
 from gateway.engine.base import TextCodec
 from gateway.engine.tokenizer import Tokenizer, load_tokenizer
 from gateway.engine.upstream import UpstreamEngine
 from gateway.errors import InvalidRequest, ModelError
 from gateway.variants.backend import LevelSpec, Loaded, ProgressFn
 from gateway.variants.card import Card
-from gateway.variants.cards import CardBook
 from gateway.variants.jobs import BuildFailed, run_worker
+from gateway.variants.shared import Shared
 from gateway.variants.spec import BuildSpec
 
 if TYPE_CHECKING:
     from cache.artifact import Artifact
     from compressors.export.reader import GptqConfig
     from compressors.model import Checkpoint
-    from gateway.engine.local import LocalRuntime
     from gateway.engine.runner import VariantWeights
 
 DEFAULT_TEXT = "default-v1"  # stands for the default calibration text in artifact keys
@@ -48,65 +43,6 @@ _ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # every worker spends on start-up and on measuring the card.
 _BUILD_RATE = {False: 50e6, True: 2e6}  # by "needs calibration"
 _BUILD_OVERHEAD_S = 15.0
-
-
-class Runtime:
-    """The engine runtime, started by the first load: torch is not imported before that."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._runtime: LocalRuntime | None = None
-        self.threads = settings.threads or os.cpu_count() or 1
-        has_weights = any(model.fake is None for model in settings.models)
-        self.kv_budget = int(settings.memory_budget * settings.engine.kv_fraction) * has_weights
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of KV pools that exist now."""
-        return self._runtime.kv_bytes if self._runtime is not None else 0
-
-    @cached_property
-    def device(self) -> Literal["cpu", "cuda"]:
-        """Where variants run; asking imports torch when the configuration says `auto`."""
-        if self._settings.device != "auto":
-            return self._settings.device
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
-
-    def get(self) -> LocalRuntime:
-        from gateway.engine.local import LocalOptions, LocalRuntime
-
-        if self._runtime is None:
-            engine = self._settings.engine
-            self._runtime = LocalRuntime(
-                LocalOptions(
-                    device=self.device,
-                    threads=self.threads,
-                    max_num_seqs=engine.max_num_seqs,
-                    max_waiting=engine.max_waiting,
-                    prefill_chunk=engine.prefill_chunk,
-                    block_size=engine.block_size,
-                    kv_bytes=self.kv_budget,
-                    prefix_cache=engine.prefix_cache,
-                )
-            )
-        return self._runtime
-
-    async def close(self) -> None:
-        if self._runtime is not None:
-            await self._runtime.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What all local models of a gateway share."""
-
-    settings: Settings
-    store: ArtifactStore
-    flight: SingleFlight
-    cards: CardBook
-    runtime: Runtime
 
 
 class LocalBackend:

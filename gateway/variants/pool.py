@@ -12,43 +12,16 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
-from gateway.engine.base import Engine, EngineFailed, EngineStats, TextCodec
-from gateway.errors import Conflict, NotFound, Overloaded, PressgateError, Unavailable
-from gateway.variants.backend import Backend, LevelSpec
+from gateway.engine.base import Engine, EngineFailed, TextCodec
+from gateway.errors import Conflict, NotFound, Overloaded, Unavailable
+from gateway.variants.backend import Backend
 from gateway.variants.card import Card
+from gateway.variants.entry import RETRY_FAILED_AFTER, Variant, reraise
 from gateway.variants.jobs import BuildFailed, Job, JobBoard, JobState
-from gateway.variants.variant import LadderSnapshot, LevelFacts, State
+from gateway.variants.variant import LadderSnapshot, State
 
 log = logging.getLogger(__name__)
-
-_RETRY_FAILED_AFTER = 30.0  # a failed level is not tried again by requests before this many seconds
-_IDLE_STATS = EngineStats()
-
-
-@dataclass(slots=True)
-class _Variant:
-    """One level of one model. Fields are changed by `VariantPool` only."""
-
-    backend: Backend
-    spec: LevelSpec
-    state: State = State.ABSENT
-    engine: Engine | None = None
-    resident_bytes: int = 0
-    leases: int = 0
-    error: str | None = None
-    failed_at: float = 0.0
-    last_used: float = 0.0
-    loads: int = 0
-    loading: asyncio.Task[None] | None = None
-    building: asyncio.Task[None] | None = None
-    unloading: asyncio.Task[None] | None = None
-    job_id: str | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.backend.model}@{self.spec.level}"
 
 
 class VariantPool:
@@ -71,7 +44,7 @@ class VariantPool:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._backends = {backend.model: backend for backend in backends}
-        self._variants: dict[str, dict[str, _Variant]] = {}
+        self._variants: dict[str, dict[str, Variant]] = {}
         self._budget = memory_budget
         self._kv_budget = kv_budget
         self._kv_bytes = kv_bytes
@@ -93,7 +66,7 @@ class VariantPool:
         """
         for backend in self._backends.values():
             await backend.start()
-            variants = {spec.level: _Variant(backend, spec) for spec in backend.ladder()}
+            variants = {spec.level: Variant(backend, spec) for spec in backend.ladder()}
             for variant in variants.values():
                 if await backend.stored(variant.spec.level):
                     variant.state = State.STORED
@@ -168,7 +141,7 @@ class VariantPool:
             NotFound: unknown model.
         """
         backend = self._backend(model)
-        levels = [self._facts(variant) for variant in self._variants.get(model, {}).values()]
+        levels = [variant.facts() for variant in self._variants.get(model, {}).values()]
         levels.sort(key=lambda facts: (facts.card.perplexity_ratio, -facts.card.resident_bytes))
         everyone = [v.engine.stats() for v in self._all() if v.engine is not None]
         return LadderSnapshot(
@@ -262,7 +235,7 @@ class VariantPool:
 
     # -- inside -----------------------------------------------------------------------------
 
-    def _all(self) -> Iterable[_Variant]:
+    def _all(self) -> Iterable[Variant]:
         return [v for variants in self._variants.values() for v in variants.values()]
 
     def _weight_bytes(self) -> int:
@@ -276,7 +249,7 @@ class VariantPool:
             )
         return self._backends[model]
 
-    def _variant(self, model: str, level: str) -> _Variant:
+    def _variant(self, model: str, level: str) -> Variant:
         self._backend(model)
         variants = self._variants.get(model, {})
         if level not in variants:
@@ -288,20 +261,7 @@ class VariantPool:
             )
         return variants[level]
 
-    def _facts(self, variant: _Variant) -> LevelFacts:
-        return LevelFacts(
-            level=variant.spec.level,
-            family=variant.spec.family,
-            state=variant.state,
-            card=variant.backend.card(variant.spec.level),
-            stats=variant.engine.stats() if variant.engine is not None else _IDLE_STATS,
-            leases=variant.leases,
-            error=variant.error,
-            kv_bytes_per_token=variant.backend.kv_bytes_per_token,
-            max_running=variant.backend.max_running,
-        )
-
-    async def _acquire(self, variant: _Variant, wait_s: float) -> Engine:
+    async def _acquire(self, variant: Variant, wait_s: float) -> Engine:
         """Count a lease on a ready engine. No await between seeing READY and counting."""
         if variant.state is not State.READY:
             await self._make_ready(variant, wait_s)
@@ -309,7 +269,7 @@ class VariantPool:
         variant.leases += 1
         return variant.engine
 
-    async def _make_ready(self, variant: _Variant, wait_s: float) -> None:
+    async def _make_ready(self, variant: Variant, wait_s: float) -> None:
         """Drive the variant to READY. Returns only in the same loop step in which it is READY.
 
         Raises:
@@ -327,16 +287,16 @@ class VariantPool:
                     f"{variant.name} is {variant.state} and was not ready in {wait_s:.0f} s",
                     retry_after=self._eta(variant),
                 )
-            _reraise(task, variant.name)
+            reraise(task, variant.name)
 
-    def _next_step(self, variant: _Variant) -> asyncio.Task[None]:
+    def _next_step(self, variant: Variant) -> asyncio.Task[None]:
         """The task that brings the variant one state nearer to READY; started if there is none."""
         if variant.state is State.FAILED:
             waited = self._clock() - variant.failed_at
-            if waited < _RETRY_FAILED_AFTER:
+            if waited < RETRY_FAILED_AFTER:
                 raise Unavailable(
                     f"{variant.name} failed: {variant.error}",
-                    retry_after=_RETRY_FAILED_AFTER - waited,
+                    retry_after=RETRY_FAILED_AFTER - waited,
                 )
         if variant.state in (State.ABSENT, State.FAILED, State.BUILDING):
             return self._ensure_build(variant, "requested")
@@ -347,14 +307,14 @@ class VariantPool:
             variant.loading = asyncio.create_task(self._load(variant), name=f"load {variant.name}")
         return variant.loading
 
-    def _eta(self, variant: _Variant) -> float:
+    def _eta(self, variant: Variant) -> float:
         card: Card = variant.backend.card(variant.spec.level)
         if variant.state is not State.BUILDING or variant.job_id is None:
             return max(1.0, card.load_seconds)
         job = self._board.get(variant.job_id)
         return max(1.0, card.build_seconds * (1.0 - job.progress))
 
-    def _ensure_build(self, variant: _Variant, reason: str) -> asyncio.Task[None]:
+    def _ensure_build(self, variant: Variant, reason: str) -> asyncio.Task[None]:
         if variant.building is None:
             job = self._board.open(variant.backend.model, variant.spec.level)
             log.info("building %s (%s)", variant.name, reason)
@@ -364,7 +324,7 @@ class VariantPool:
             )
         return variant.building
 
-    async def _build(self, variant: _Variant, job_id: str) -> None:
+    async def _build(self, variant: Variant, job_id: str) -> None:
         try:
             async with self._build_turn:
                 self._board.start(job_id)
@@ -390,7 +350,7 @@ class VariantPool:
         finally:
             variant.building = None
 
-    async def _measure(self, variant: _Variant) -> None:
+    async def _measure(self, variant: Variant) -> None:
         """Make the card of a level that serves already; it keeps serving on an estimate if not."""
         job = self._board.open(variant.backend.model, variant.spec.level)
         state = JobState.CANCELLED
@@ -409,7 +369,7 @@ class VariantPool:
         finally:
             self._board.finish(job.id, state, error)
 
-    async def _load(self, variant: _Variant) -> None:
+    async def _load(self, variant: Variant) -> None:
         try:
             async with self._load_turn:
                 variant.resident_bytes = variant.backend.load_bytes(variant.spec.level)
@@ -439,7 +399,7 @@ class VariantPool:
         finally:
             variant.loading = None
 
-    async def _make_room(self, variant: _Variant) -> None:
+    async def _make_room(self, variant: Variant) -> None:
         """Unload idle variants, least recently used first, until `variant`'s bytes fit.
 
         Raises:
@@ -461,13 +421,13 @@ class VariantPool:
                 )
             await self._unload(min(idle, key=lambda other: other.last_used))
 
-    async def _unload(self, variant: _Variant) -> None:
+    async def _unload(self, variant: Variant) -> None:
         """Free an unleased engine; whoever wants the level meanwhile waits for the task."""
         variant.state = State.DRAINING
         variant.unloading = asyncio.create_task(self._drain(variant))
         await asyncio.shield(variant.unloading)
 
-    async def _drain(self, variant: _Variant) -> None:
+    async def _drain(self, variant: Variant) -> None:
         assert variant.engine is not None
         try:
             await variant.engine.close()
@@ -475,7 +435,7 @@ class VariantPool:
             variant.engine, variant.unloading = None, None
             variant.resident_bytes, variant.state = 0, State.STORED
 
-    def _fail(self, variant: _Variant, why: str) -> None:
+    def _fail(self, variant: Variant, why: str) -> None:
         """An engine died under a request: drop it; the next request loads it afresh."""
         if variant.engine is None:
             return
@@ -485,20 +445,5 @@ class VariantPool:
         closing = asyncio.get_running_loop().create_task(engine.close())
         closing.add_done_callback(lambda task: task.cancelled() or task.exception())
 
-    def _mark_failed(self, variant: _Variant, why: str) -> None:
+    def _mark_failed(self, variant: Variant, why: str) -> None:
         variant.state, variant.error, variant.failed_at = State.FAILED, why, self._clock()
-
-
-def _reraise(task: asyncio.Task[None], name: str) -> None:
-    """Turn a failed step into what a caller can act on."""
-    if task.cancelled():
-        raise Unavailable(f"{name}: the work was cancelled", retry_after=1.0)
-    error = task.exception()
-    if error is None:
-        return
-    if isinstance(error, PressgateError):
-        raise error
-    raise Unavailable(
-        f"{name} cannot be had: {error}" if isinstance(error, BuildFailed) else f"{name} failed",
-        retry_after=_RETRY_FAILED_AFTER,
-    ) from error

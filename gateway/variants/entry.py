@@ -1,0 +1,68 @@
+"""One level of one model inside the pool: its mutable record and its face to the outside."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from gateway.engine.base import Engine, EngineStats
+from gateway.errors import PressgateError, Unavailable
+from gateway.variants.backend import Backend, LevelSpec
+from gateway.variants.jobs import BuildFailed
+from gateway.variants.variant import LevelFacts, State
+
+RETRY_FAILED_AFTER = 30.0  # a failed level is not tried again by requests before this many seconds
+_IDLE_STATS = EngineStats()
+
+
+@dataclass(slots=True)
+class Variant:
+    """One level of one model. Fields are changed by `VariantPool` only."""
+
+    backend: Backend
+    spec: LevelSpec
+    state: State = State.ABSENT
+    engine: Engine | None = None
+    resident_bytes: int = 0
+    leases: int = 0
+    error: str | None = None
+    failed_at: float = 0.0
+    last_used: float = 0.0
+    loads: int = 0
+    loading: asyncio.Task[None] | None = None
+    building: asyncio.Task[None] | None = None
+    unloading: asyncio.Task[None] | None = None
+    job_id: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend.model}@{self.spec.level}"
+
+    def facts(self) -> LevelFacts:
+        """What deciders may know of it."""
+        return LevelFacts(
+            level=self.spec.level,
+            family=self.spec.family,
+            state=self.state,
+            card=self.backend.card(self.spec.level),
+            stats=self.engine.stats() if self.engine is not None else _IDLE_STATS,
+            leases=self.leases,
+            error=self.error,
+            kv_bytes_per_token=self.backend.kv_bytes_per_token,
+            max_running=self.backend.max_running,
+        )
+
+
+def reraise(task: asyncio.Task[None], name: str) -> None:
+    """Turn a failed step into what a caller can act on."""
+    if task.cancelled():
+        raise Unavailable(f"{name}: the work was cancelled", retry_after=1.0)
+    error = task.exception()
+    if error is None:
+        return
+    if isinstance(error, PressgateError):
+        raise error
+    raise Unavailable(
+        f"{name} cannot be had: {error}" if isinstance(error, BuildFailed) else f"{name} failed",
+        retry_after=RETRY_FAILED_AFTER,
+    ) from error
