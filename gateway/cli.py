@@ -41,7 +41,8 @@ def main() -> None:
     try:
         app()
     except PressgateError as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {error.message}", style="red"))
+        line = " ".join(error.message.split())  # a parser's message may have several lines
+        Console(stderr=True, soft_wrap=True).print(Text(f"error: {line}", style="red"))
         sys.exit(2)
 
 
