@@ -16,7 +16,7 @@ setup(
             sources=[f"{KERNELS}/native.cpp"],
             depends=[f"{KERNELS}/{name}.h" for name in ("common", "grouped", "bf16")],
             language="c++",
-            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-fopenmp"],
+            extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fopenmp"],
             extra_link_args=["-fopenmp"],
             optional=True,
         )

@@ -85,13 +85,14 @@ Dense decoded(const Dense& w, int64_t block) {
   decode(*w.codes, block, scratch.data());
   const char* mask = (const char*)w.mask + first * ((w.k + 31) / 32) * 4;
   int64_t rows = w.n - first < BLOCK ? w.n - first : BLOCK;
-  return {scratch.data(), nullptr, mask, w.bias ? w.bias + first : nullptr, rows, w.k, stride, w.pitch};
+  const float* bias = w.bias ? w.bias + first : nullptr;
+  return {scratch.data(), nullptr, mask, bias, rows, w.k, stride, w.pitch};
 }
 
 // x [rows, k] in bf16; out [rows, n] in bf16 or float32.
 void dense(const Dense& w, const uint16_t* x, char* out, int64_t rows, bool bf16, int64_t threads) {
   int64_t blocks = (w.n + BLOCK - 1) / BLOCK;
-  parallel(blocks, BLOCK * w.k * (rows + 1), threads, [&](int64_t a, int64_t b) {
+  parallel(blocks, BLOCK * w.k * (rows + 1) * 2, threads, [&](int64_t a, int64_t b) {
     for (int64_t block = a; block < b; block++) {
       int64_t first = block * BLOCK, last = first + BLOCK < w.n ? first + BLOCK : w.n;
       if (w.codes) {

@@ -6,7 +6,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")
 namespace {
 
-// ---- activations -------------------------------------------------------------------------------
+// ---- activations -----------------------------------------------------------------------------
 
 struct Quantized {  // rows of int8 codes; per part of a row: its scale and the sum of its codes
   int8_t* codes;
@@ -53,12 +53,12 @@ void quantize_row(const Grouped& w, const void* x, bool bf16, const Quantized& t
     }
 }
 
-// ---- weights in integer codes --------------------------------------------------------------------
+// ---- weights in integer codes ----------------------------------------------------------------
 
 constexpr int widest(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
 constexpr int step(int bits) { return bits == 8 || bits == 4 || bits == 2 ? 16 : 32; }
 
-// Codes of 16 rows × 4 columns, as unsigned bytes: operand I after column `c` (a multiple of step).
+// Codes of 16 rows × 4 columns as unsigned bytes: operand I after column `c`, a multiple of step.
 template <int BITS, int I>
 INLINE __m512i operand(const uint8_t* const* planes, int64_t c) {
   constexpr int W = widest(BITS), FIELDS = 8 / W, REST = BITS - W;
@@ -110,7 +110,8 @@ INLINE void multiply(const uint8_t* const* planes, int64_t c, const int8_t* code
     __m512i& sum = acc[m][I % CHAINS];
     sum = _mm512_dpbusd_epi32(sum, v, broadcast(codes + m * stride + 4 * I));
   }
-  if constexpr (4 * (I + 1) < step(BITS)) multiply<BITS, MT, CHAINS, I + 1>(planes, c, codes, stride, acc);
+  if constexpr (4 * (I + 1) < step(BITS))
+    multiply<BITS, MT, CHAINS, I + 1>(planes, c, codes, stride, acc);
 }
 
 // One block of 16 weight rows times MT activation rows.
@@ -158,11 +159,14 @@ void tile(const Grouped& w, int64_t block, const Quantized& x, int64_t row, void
     store(out, (row + m) * w.n + block * BLOCK, bf16, keep, _mm512_add_ps(total[m], bias));
 }
 
+// The tile after MT: few enough sizes that the build takes seconds.
+constexpr int smaller(int mt) { return mt > 8 ? 8 : mt > 6 ? 6 : mt > 4 ? 4 : mt - 1; }
+
 template <int BITS, int MT>
-void tiles(const Grouped& w, int64_t block, const Quantized& x, int64_t rows, int64_t row, void* out,
-           bool bf16) {
+void tiles(const Grouped& w, int64_t block, const Quantized& x, int64_t rows, int64_t row,
+           void* out, bool bf16) {
   for (; row + MT <= rows; row += MT) tile<BITS, MT>(w, block, x, row, out, bf16);
-  if constexpr (MT > 1) tiles<BITS, MT - 1>(w, block, x, rows, row, out, bf16);
+  if constexpr (MT > 1) tiles<BITS, smaller(MT)>(w, block, x, rows, row, out, bf16);
 }
 
 template <int BITS>
@@ -178,7 +182,7 @@ void grouped(const Grouped& w, const char* x, char* out, int64_t rows, bool bf16
     int64_t count = rows - start < CHUNK ? rows - start : CHUNK;
     const char* from = x + start * w.k * size;
     char* to = out + start * w.n * size;
-    parallel(count, stride * 8, threads, [&](int64_t a, int64_t b) {
+    parallel(count, stride * 16, threads, [&](int64_t a, int64_t b) {
       for (int64_t m = a; m < b; m++) quantize_row(w, from + m * w.k * size, bf16, q, m);
     });
     parallel((w.n + BLOCK - 1) / BLOCK, BLOCK * stride * count, threads, [&](int64_t a, int64_t b) {
@@ -187,7 +191,7 @@ void grouped(const Grouped& w, const char* x, char* out, int64_t rows, bool bf16
   }
 }
 
-// ---- weights in integer codes, expanded ------------------------------------------------------------
+// ---- weights in integer codes, expanded ------------------------------------------------------
 
 // Columns c + 4·I .. c + 4·I + 15 of a block, as one row of 16 bytes per weight row.
 template <int BITS, int I>
@@ -196,8 +200,9 @@ INLINE void transpose(const uint8_t* const* planes, int64_t c, uint8_t (&bytes)[
   __m512i v2 = operand<BITS, I + 2>(planes, c), v3 = operand<BITS, I + 3>(planes, c);
   __m512i low01 = _mm512_unpacklo_epi32(v0, v1), low23 = _mm512_unpacklo_epi32(v2, v3);
   __m512i high01 = _mm512_unpackhi_epi32(v0, v1), high23 = _mm512_unpackhi_epi32(v2, v3);
-  __m512i quarter[4] = {_mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
-                        _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)};
+  __m512i quarter[4] = {
+      _mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
+      _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)};
   for (int q = 0; q < 4; q++) {  // lane l of quarter q belongs to row 4·l + q
     alignas(64) uint8_t lanes[4][16];
     _mm512_store_si512(lanes, quarter[q]);

@@ -1,8 +1,8 @@
 // CPU kernels over the storage layouts of this package: plain C ABI, no Python and no torch.
 //
-// A caller owns every pointer; nothing is kept between calls but per-thread scratch. Instruction sets
-// are chosen per function, and features() says which functions this CPU may call. Every output element
-// is summed in one fixed order whatever the number of rows or threads, so batching changes no bit.
+// The caller owns every pointer; nothing is kept between calls but per-thread scratch. Instruction
+// sets are chosen per function, and pressgate_features() says what this CPU may call. Every output is
+// summed in one fixed order whatever the number of rows or threads: batching changes no bit.
 #include "common.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
