@@ -101,9 +101,8 @@ class Blobs:
             self._mapped[digest] = memory
         return view
 
-    def trust(self, digest: str) -> None:
-        """Remember a blob this process has just written and hashed as proven."""
-        stamp = stamp_of(self.path(digest).stat())
+    def trust(self, digest: str, stamp: Stamp) -> None:
+        """Remember a file that this process has hashed while writing it as proven."""
         with self._lock:
             self._verified[digest] = stamp
 
@@ -120,17 +119,16 @@ class Blobs:
         except FileNotFoundError:
             return False
 
-    def listing(self) -> dict[str, tuple[int, float]]:
-        """Digest → (bytes, modification time) of every blob file."""
-        found: dict[str, tuple[int, float]] = {}
+    def listing(self) -> dict[str, int]:
+        """Digest → bytes of every blob file."""
+        found: dict[str, int] = {}
         for folder in self.folder.iterdir():
             with os.scandir(folder) as entries:
                 for entry in entries:
                     try:
-                        status = entry.stat(follow_symlinks=False)
+                        found[entry.name] = entry.stat(follow_symlinks=False).st_size
                     except FileNotFoundError:
                         continue  # another process removed it meanwhile
-                    found[entry.name] = (status.st_size, status.st_mtime)
         return found
 
 

@@ -32,7 +32,6 @@ class Bus:
         self._prefix = f"{prefix}bus:"
         self._listeners: defaultdict[str, list[Listener]] = defaultdict(list)
         self._task: asyncio.Task[None] | None = None
-        self._connected = False
 
     def listen(self, channel: str, listener: Listener) -> Callable[[], None]:
         """Call `listener` for every message on `channel`; returns what ends it."""
@@ -46,15 +45,6 @@ class Bus:
                 listeners.remove(listener)
 
         return stop
-
-    @property
-    def connected(self) -> bool:
-        """Messages arrive now."""
-        return self._connected
-
-    async def publish(self, channel: str, message: bytes) -> None:
-        """Tell all replicas. Raises `RedisAway`."""
-        await self._link.command("PUBLISH", self._prefix + channel, message)
 
     def channel(self, name: str) -> str:
         """The full channel name, for scripts that publish."""
@@ -75,8 +65,6 @@ class Bus:
                 self._link.failed(error)
             except RedisAway:
                 pass
-            finally:
-                self._connected = False
             await asyncio.sleep(0.05)  # a server that accepts and drops must not make us spin
             await self._link.until_up()
 
@@ -97,7 +85,6 @@ class Bus:
 
     async def _dispatch(self, message: dict[str, Any]) -> None:
         if message["type"] == "psubscribe":
-            self._connected = True
             for channel in list(self._listeners):
                 await self._tell(channel, None)
         elif message["type"] == "pmessage":

@@ -352,7 +352,7 @@ class DiskStore:
         return len(old)
 
     def _scan(self) -> DiskUsage:
-        sizes = [size for size, _ in self.blobs.listing().values()]
+        sizes = self.blobs.listing().values()
         other = 0
         for top in (self.staging, self._quarantine):
             for folder, _, names in os.walk(top):

@@ -138,12 +138,6 @@ class RedisStore:
         except RedisAway:
             return False
 
-    async def has(self, key: str) -> bool:
-        """Its manifest is there."""
-        with suppress(RedisAway):
-            return bool(await self.link.command("EXISTS", self._manifest_key(key)))
-        return False
-
     async def manifest(self, key: str) -> Manifest | None:
         """The manifest alone; None when it is not there or Redis is away."""
         with suppress(RedisAway):

@@ -79,8 +79,10 @@ class UseLog:
                 path.unlink(missing_ok=True)
 
     def _current(self, key: str) -> Use:
-        file = self._file(key)
-        stored = parse_use(file.read_bytes() if file.is_file() else None)
+        try:
+            stored = parse_use(self._file(key).read_bytes())
+        except FileNotFoundError:
+            stored = Use()
         uses, _ = self._pending.get(key, (0.0, 0.0))
         return stored.bumped(self._clock(), uses) if uses else stored
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from blake3 import blake3
 from typing_extensions import Buffer
 
-from cache.blobs import hash_bytes, hash_threads
+from cache.blobs import hash_bytes, hash_threads, stamp_of
 from cache.errors import CacheError, ClaimLost, CorruptArtifact
 from cache.files import clear_errors, sync_all, try_lock, write_all, write_atomic
 from cache.keys import check_digest
@@ -128,13 +128,15 @@ class ArtifactWriter:
         Manifest.from_json(data)  # what cannot be read back must not be published
         with clear_errors(f"cannot publish artifact {self.key}"):
             sync_all(self._folder / digest for digest in self._written)
+            # A rename keeps the stamp, and whatever happens to the file afterwards changes it.
+            stamps = {d: stamp_of((self._folder / d).stat()) for d in self._written}
         with clear_errors(f"cannot publish artifact {self.key}"), self._store.locked():
             if guard is not None and not guard():
                 raise ClaimLost(f"artifact {self.key}: another builder took over")
             self._publish_blobs(manifest)
             write_atomic(self._store.manifest_path(self.key), data)
-        for digest in self._written & manifest.blobs.keys():
-            self._store.blobs.trust(digest)
+        for digest, stamp in stamps.items():
+            self._store.blobs.trust(digest, stamp)
         self.abort()
         self._store.published(self.key)
 

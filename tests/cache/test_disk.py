@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections import Counter
 from pathlib import Path
@@ -257,6 +258,21 @@ def test_a_blob_held_by_a_writer_survives_its_last_owner(store: DiskStore) -> No
         writer.commit(Manifest(key=key_of("int4"), model="m", recipe="int4", tensors={"e": record}))
     with reopened(store).read(key_of("int4")) as artifact:  # type: ignore[union-attr]
         assert artifact.tensor("e") == shared
+
+
+def test_a_file_system_without_links_writes_again(
+    store: DiskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = some_bytes(0, MIB)
+    build(store, "int8", {"e": shared})
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    build(store, "int4", {"e": shared, "w": b"4"})
+    assert store.usage().blob_bytes == MIB + 1
+    assert store.verify().corrupt == ()
 
 
 def test_quarantine_is_emptied_in_time(store: DiskStore) -> None:
