@@ -10,16 +10,30 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import httpx
 import yaml
+
+_TEXT_CHARACTERS = 16_000  # about eight windows of 512 tokens
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def write_texts(folder: Path) -> dict[str, str]:
+    """Small calibration and evaluation files; the configuration keys that name them."""
+    files = {}
+    for key, part in (("calibration", 0), ("eval_text", 1)):
+        text = "\n\n".join(topics[name] for name in sorted(topics)[part::2])
+        file = folder / f"{key}.txt"
+        file.write_text(text[:_TEXT_CHARACTERS])
+        files[key] = str(file)
+    return files
 
 
 class GatewayProcess:
@@ -33,9 +47,12 @@ class GatewayProcess:
         flags: tuple[str, ...] = (),
         env: Mapping[str, str] | None = None,
         ready_s: float = 120.0,
+        short_texts: bool = True,
     ) -> None:
         """
         Args:
+            short_texts: calibrate and judge on a few windows of Python's help topics, so that
+                builds take seconds; otherwise on the default text, which the model must generate.
             folder: for the cache, the configuration and the log; may be shared by restarts.
             config: what goes into `pressgate.yaml`; the cache folder is added.
         """
@@ -46,6 +63,8 @@ class GatewayProcess:
         folder.mkdir(parents=True, exist_ok=True)
         document = dict(config or {})
         document["cache"] = {"dir": str(self.cache), **document.get("cache", {})}
+        if short_texts:
+            document["build"] = {**write_texts(folder), **document.get("build", {})}
         file = folder / f"pressgate-{self.port}.yaml"
         file.write_text(yaml.safe_dump(document))
         self.log_file = folder / f"gateway-{self.port}.log"
