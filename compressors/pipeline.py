@@ -57,6 +57,12 @@ def compress(
     Raises:
         CompressionError: the job cannot be done; the message names the layer or setting at fault.
     """
+    alone = next((step for step in recipe.steps if METHODS[step.method].whole_model), None)
+    if alone is not None:
+        windows = _windows(open_source(checkpoint), recipe, calibration)
+        solve = METHODS[alone.method].load()
+        report: Report = solve(checkpoint, alone, windows, sink, progress=progress, device=device)
+        return report
     job = _Job(recipe, sink, progress, device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -148,6 +154,9 @@ class _Job:
             walk = Walk(plan.source, windows, device=self.device)
         for index, linears in enumerate(plan.linears):
             done: set[str] = set()
+            for row in linears:
+                if row.note and not row.steps:
+                    self.skipped[row.module] = row.note
             if walk is not None:
                 self._calibrated_block(plan, walk, index, methods, done)
             else:

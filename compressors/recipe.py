@@ -163,8 +163,7 @@ def _quantize(part: str, bits: int, method: str, group: str) -> Step:
             f"{part!r}: group must be a multiple of {_MIN_GROUP} from {_MIN_GROUP} to "
             f"{_MAX_GROUP}, or 'ch' for per channel"
         )
-    # At eight bits a zero point gains nothing and costs bytes and kernel time.
-    symmetric = bits == 8 and method != "hqq"
+    symmetric = bits >= METHODS[method].symmetric_from
     return Step(method, "quantize", bits=bits, group=columns, symmetric=symmetric)
 
 
@@ -176,6 +175,11 @@ def _check_method(part: str, method: str, kind: Kind) -> None:
 
 
 def _check_stack(steps: tuple[Step, ...], name: str) -> None:
+    alone = next((step for step in steps if METHODS[step.method].whole_model), None)
+    if alone is not None and len(steps) > 1:
+        raise RecipeError(
+            f"{name!r}: {alone.name} does a whole model and cannot be part of a stack"
+        )
     for first, second in pairwise(steps):
         (stage, what), (next_stage, next_what) = _STAGE[first.kind], _STAGE[second.kind]
         if stage == next_stage:

@@ -31,6 +31,7 @@ from compressors.model import (
     source_names,
 )
 from compressors.quantize import autogptq_compat
+from compressors.recipe import Step
 from compressors.tensor import Grouped
 
 BATCH = 4
@@ -49,6 +50,27 @@ class AutoGptqSettings:
     def name(self) -> str:
         """The level's name."""
         return f"int{self.bits}-autogptq-g{self.group or 'ch'}"
+
+
+def solve(
+    checkpoint: Checkpoint,
+    step: Step,
+    windows: Tensor,
+    sink: Sink,
+    *,
+    progress: ProgressFn | None = None,
+    device: torch.device | str = "cpu",
+) -> Report:
+    """`build` as the pipeline calls it: `windows` int64 [n, T]."""
+    settings = AutoGptqSettings(bits=step.bits, group=step.group)
+    return build(
+        checkpoint.folder,
+        list(windows),
+        sink,
+        settings=settings,
+        device=torch.device(device).type,
+        progress=progress,
+    )
 
 
 def build(

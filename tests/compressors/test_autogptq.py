@@ -24,12 +24,15 @@ from transformers import (
 
 import gateway
 from compressors.base import CompressionError, Report
+from compressors.calibration import Calibration
 from compressors.export.model import CollectingSink
 from compressors.export.writer import write_gptq
 from compressors.model import Checkpoint, weight_of
+from compressors.pipeline import compress
 from compressors.quantize import autogptq_compat
 from compressors.quantize.autogptq import AutoGptqSettings, build
 from compressors.quantize.autogptq_compat import AutoGptqMissing, load, running
+from compressors.recipe import Recipe, RecipeError
 from compressors.tensor import Grouped
 
 BUILTIN = Path(gateway.__file__).parent / "builtin" / "docs-17m"
@@ -315,6 +318,15 @@ def test_what_it_cannot_do_is_said_and_nothing_comes_out(
     assert not sink.forms
 
 
+def test_the_level_stands_alone_and_is_symmetric() -> None:
+    step = Recipe.parse("int4-autogptq-g128").steps[0]
+    assert (step.bits, step.group, step.symmetric) == (4, 128, True)
+    assert Recipe.parse("int4-autogptq-g128").needs_calibration
+    for stack in ("depth-75+int4-autogptq-g128", "lowrank-80+int4-autogptq-g128"):
+        with pytest.raises(RecipeError, match="whole model"):
+            Recipe.parse(stack)
+
+
 # -- the bundled model ------------------------------------------------------------------------
 
 
@@ -322,8 +334,11 @@ def test_what_it_cannot_do_is_said_and_nothing_comes_out(
 def bundled() -> tuple[CollectingSink, Report]:
     """The bundled model quantized by the real package on a few windows of random tokens."""
     sink = CollectingSink()
-    windows = random_windows(vocabulary=8192, count=4, length=128)
-    return sink, build(BUILTIN, windows, sink)
+    torch.set_num_threads(2)
+    windows = torch.stack(random_windows(vocabulary=8192, count=4, length=128))
+    recipe = Recipe.parse("int4-autogptq-g128")
+    calibration = Calibration(windows, "random tokens")
+    return sink, compress(Checkpoint(BUILTIN), recipe, sink=sink, calibration=calibration)
 
 
 @needs_autogptq
