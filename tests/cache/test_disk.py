@@ -14,7 +14,7 @@ from cache.blobs import hash_bytes
 from cache.disk import DiskStore, Event
 from cache.errors import CacheError, CacheFull, ClaimLost, CorruptArtifact
 from cache.manifest import Manifest
-from tests.cache.helpers import MIB, build, files_under, key_of, some_bytes
+from tests.cache.samples import MIB, build, files_under, key_of, some_bytes
 
 
 @pytest.fixture

@@ -14,14 +14,14 @@ import pytest
 
 from cache.disk import DiskStore
 from cache.errors import CacheError, CacheFull
-from tests.cache.helpers import MIB, build, files_under, key_of, some_bytes
+from tests.cache.samples import MIB, build, files_under, key_of, some_bytes
 
 PRELUDE = """
 import os, resource, signal, sys
 from pathlib import Path
 from cache.disk import DiskStore
 from cache.errors import CacheFull
-from tests.cache.helpers import MIB, build, key_of, some_bytes
+from tests.cache.samples import MIB, build, key_of, some_bytes
 store = DiskStore(Path(sys.argv[1]), 256 * MIB)
 """
 

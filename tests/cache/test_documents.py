@@ -10,7 +10,7 @@ import pytest
 
 from cache.documents import Doc, Documents
 from cache.errors import CacheError
-from tests.cache.helpers import files_under, redis_store, until
+from tests.cache.samples import files_under, redis_store, until
 from tests.support.redis_server import RedisServer
 
 Replica = Callable[[str], Documents]

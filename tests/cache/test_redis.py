@@ -14,7 +14,7 @@ from cache.blobs import hash_bytes
 from cache.chunks import CHUNK_BYTES, batches, chunks_of
 from cache.disk import DiskStore, Event
 from cache.redis import RedisStore
-from tests.cache.helpers import MIB, build, files_under, key_of, redis_store, some_bytes, until
+from tests.cache.samples import MIB, build, files_under, key_of, redis_store, some_bytes, until
 from tests.support.redis_server import RedisServer
 
 TENSORS = {

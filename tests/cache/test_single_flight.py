@@ -15,7 +15,7 @@ import pytest
 from cache.errors import ClaimLost
 from cache.lock import Claim, Locks
 from cache.single_flight import SingleFlight
-from tests.cache.helpers import redis_store, until
+from tests.cache.samples import redis_store, until
 from tests.support.redis_server import RedisServer
 
 

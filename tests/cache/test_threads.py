@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from cache.threads import in_thread
-from tests.cache.helpers import until
+from tests.cache.samples import until
 
 
 @pytest.mark.parametrize("fails", [False, True])

@@ -12,7 +12,7 @@ from cache.blobs import hash_bytes
 from cache.disk import DiskStore
 from cache.errors import CacheError, CacheFull
 from cache.tiered import ArtifactStore
-from tests.cache.helpers import MIB, build, files_under, key_of, redis_store, some_bytes
+from tests.cache.samples import MIB, build, files_under, key_of, redis_store, some_bytes
 from tests.support.redis_server import RedisServer
 
 TENSORS = {"e": some_bytes("e", 3 * MIB), "w": some_bytes("w", 100)}
