@@ -7,6 +7,7 @@ Python's own help topics. Tokenizing is the caller's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ WINDOWS, LENGTH = 64, 512
 _MIN_LENGTH = 8
 _GREEDY_TOKENS = 3  # LLM-QAT: the first few tokens are the most likely ones, the rest are sampled
 _MAX_FILE_BYTES = 256 * 2**20
+_SEGMENT, _AT_ONCE = 128, 256  # tokens per generation, generations per batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,29 +125,48 @@ def _mixture(
 
 
 def topics_text(part: int) -> str:
-    """Half of Python's help topics as text: even ones by name (part 0) or odd ones (part 1)."""
+    """Half of Python's help topics as text: even ones by name (part 0) or odd ones (part 1).
+
+    Topics quote each other; a paragraph counts for the first topic that has it, so that the halves
+    share none.
+    """
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics)[part::2])
+    owner: dict[str, int] = {}
+    for number, name in enumerate(sorted(topics)):
+        for paragraph in topics[name].split("\n\n"):
+            owner.setdefault(paragraph.strip(), number)
+    return "\n\n".join(text for text, number in owner.items() if number % 2 == part and text)
 
 
 @torch.no_grad()
 def generate(checkpoint: Checkpoint, *, windows: int, length: int, seed: int) -> Tensor:
     """Token windows [windows, length] sampled from the dense model, reproducible by `seed`.
 
-    The first token is drawn uniformly, the next few are the most likely ones, the rest are sampled
-    from the full distribution. Weights are mapped, not copied.
+    A window is several generations one after the other: many short ones in one batch cost far less
+    than few long ones. Of each, the first token is drawn uniformly, the next few are the most
+    likely ones, the rest are sampled from the full distribution. Weights are mapped, not copied.
     """
     model = build_skeleton(checkpoint.config)
     for name, stored in source_names(checkpoint, model).items():
         set_tensor(model, name, checkpoint.tensor(stored))
     config: Any = model.config
     limit = int(getattr(config, "max_position_embeddings", None) or length)
-    vocabulary = int(config.vocab_size)
+    length = min(length, limit)
+    segment = min(_SEGMENT, length)
+    per_window = math.ceil(length / segment)
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(vocabulary, (windows, 1), generator=generator)
+    first = torch.randint(int(config.vocab_size), (windows * per_window, 1), generator=generator)
+    parts = [_sample(model, part, segment, generator) for part in first.split(_AT_ONCE)]  # type: ignore[no-untyped-call]
+    return torch.cat(parts).view(windows, per_window * segment)[:, :length].contiguous()
+
+
+def _sample(
+    model: torch.nn.Module, tokens: Tensor, length: int, generator: torch.Generator
+) -> Tensor:
+    """Continue tokens [B, 1] to [B, length]."""
     cache, step = None, tokens
-    while tokens.shape[1] < min(length, limit):
+    while tokens.shape[1] < length:
         out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, scores = out.past_key_values, out.logits[:, -1].float()
         if tokens.shape[1] <= _GREEDY_TOKENS:

@@ -102,6 +102,8 @@ def keep_blocks(source: Source, kept: tuple[int, ...]) -> tuple[Source, dict[str
         values = getattr(parsed, key, None)
         if isinstance(values, list) and len(values) == total:
             config[key] = [values[i] for i in kept]
+    if "attention_types" in config:  # GPT-Neo's short form of attention_layers
+        config["attention_types"] = [[config["attention_layers"], 1]]
     model = build_skeleton(config)
     blocks = decoder_blocks(model)
     old = {i: source.blocks.prefix(i) + "." for i in kept}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from compressors.prune.depth import block_influence
 from compressors.walk import Source, Walk
@@ -35,36 +34,38 @@ class DepthProbe:
         enough = max(1, _TOKENS // windows.shape[1])
         self._said = said
         self._walk = Walk(source, windows[:enough], dtype=None, device=device)
-        self._start = list(self._walk.hidden)
-        self._blocks = len(source.blocks)
-        for index in range(self._blocks):
+        self._influence: list[float] = []
+        said("block influence")
+        self._whole = list(self._walk.hidden)
+        for index in range(len(source.blocks)):
             self._walk.load(index)
+            before, self._whole = (
+                self._whole,
+                [self._walk.run(index, batch) for batch in self._whole],
+            )
+            shares = [
+                block_influence(x, y) * len(x) for x, y in zip(before, self._whole, strict=True)
+            ]
+            self._influence.append(sum(shares) / sum(map(len, before)))
 
     def influence(self) -> Sequence[float]:
         """Block influence of every block."""
-        self._said("block influence")
-        hidden = list(self._start)
-        influence = []
-        for index in range(self._blocks):
-            after = [self._walk.run(index, batch) for batch in hidden]
-            pairs = zip(hidden, after, strict=True)
-            shares = [block_influence(x, y) * len(x) for x, y in pairs]
-            influence.append(sum(shares) / sum(map(len, hidden)))
-            hidden = after
-        return influence
+        return self._influence
 
     def loss(self, kept: Sequence[int]) -> float:
-        """Mean next-token loss (nats) with only the blocks `kept`, in order."""
+        """Mean KL divergence (nats) from the whole model with only the blocks `kept`, in order."""
         self._said(f"loss with {len(kept)} blocks")
         total, count = 0.0, 0
-        for tokens, start in zip(self._walk.tokens, self._start, strict=True):
-            hidden = start
+        for batch, whole in enumerate(self._whole):
+            hidden = self._walk.hidden[batch]
             for index in kept:
                 hidden = self._walk.run(index, hidden)
-            logits = self._walk.logits(tokens, hidden)[:, :-1].float()
-            targets = tokens[:, 1:]
-            total += float(
-                F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-            )
-            count += targets.numel()
+            tokens = self._walk.tokens[batch]
+            # One window at a time: logits of a large vocabulary are the largest tensors here.
+            for row in range(len(tokens)):
+                one = slice(row, row + 1)
+                reference = self._walk.logits(tokens[one], whole[one]).float().log_softmax(-1)
+                pruned = self._walk.logits(tokens[one], hidden[one]).float().log_softmax(-1)
+                total += float((reference.exp() * (reference - pruned)).sum())
+                count += pruned.shape[1]
         return total / count

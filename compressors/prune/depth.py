@@ -2,9 +2,9 @@
 
 Block influence (ShortGPT, Men et al. 2024, arXiv:2403.03853, eq. 1) of block i with input x and
 output y per token: BI_i = 1 − E[xᵀy / (‖x‖‖y‖)]. It ranks blocks from one pass, but scores each as
-if no other were dropped and sees only angles; so it proposes, and the loss on calibration text
-decides (as in SLEB, Song et al. 2024, arXiv:2402.09025): blocks go one at a time, each time the one
-among the least influential whose loss without it is smallest.
+if no other were dropped and sees only angles; so it proposes, and the divergence from the whole
+model decides: blocks go one at a time, each time the one among the least influential without which
+the output changes least (as SLEB does by perplexity, Song et al. 2024, arXiv:2402.09025).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Probe(Protocol):
         """Block influence of every block."""
 
     def loss(self, kept: Sequence[int]) -> float:
-        """Mean next-token loss (nats) with only the blocks `kept`, in order."""
+        """Mean KL divergence (nats) from the whole model with only the blocks `kept`."""
 
 
 def block_influence(before: Tensor, after: Tensor) -> float:

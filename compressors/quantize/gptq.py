@@ -5,15 +5,13 @@ With H = XXᵀ + λI of the layer's inputs and U the upper Cholesky factor of H�
 
     e = (w_j − quant(w_j)) / U_jj,     W_:,j+1: ← W_:,j+1: − e · U_j,j+1:
 
-Updates beyond a block of columns are applied once per block (section 3.2, lazy batches). A group's
-grid is made from the already-updated weights when its first column is reached. With `act_order`,
-columns go by falling input energy (diagonal of H) and the grids are made beforehand, so that a
-column keeps its natural group and kernels need no permutation. Pure tensors.
+Updates beyond a block of columns are applied once per block (section 3.2, lazy batches). Grids are
+made beforehand (the authors' `--static-groups`), so that with `act_order`, columns by falling input
+energy (diagonal of H), every column keeps its natural group and kernels need no permutation. Pure
+tensors.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -35,7 +33,8 @@ def solve(
     bits: int,
     group: int,
     symmetric: bool = False,
-    act_order: bool = False,
+    act_order: bool = True,
+    search: bool = True,
     damping: float = 0.01,
     mask: Tensor | None = None,
 ) -> Grouped:
@@ -43,6 +42,7 @@ def solve(
 
     Args:
         group: columns per grid; the last group may be short.
+        search: fit each grid's range to its weights; else it spans them, as round-to-nearest does.
         damping: λ as a share of H's mean diagonal; raised until H factors.
         mask: bool [N, K]; where False the weight becomes zero and its loss is repaired like any
             rounding error (the joint case of SparseGPT, arXiv:2301.00774). Its code means nothing.
@@ -51,25 +51,23 @@ def solve(
         ValueError: the statistic is not finite.
     """
     factor, order = _factor(statistic, act_order, damping)
-    groups = (order // group).tolist()
+    kept = weight if mask is None else weight * mask
+    if search:
+        scales, zeros = rtn.fitted_grid(kept, bits, group, symmetric)
+    else:
+        scales, zeros = rtn.grid(*rtn.group_range(kept, group), bits, symmetric)
+    groups = order // group
     # Transposed, so that a column of the layer is contiguous.
     work = weight.t()[order].contiguous()
     keep = None if mask is None else mask.t()[order].contiguous()
-    first = weight if mask is None else weight * mask
-    scales, zeros = rtn.grid(*rtn.group_range(first, group), bits, symmetric)
-    scales, zeros = scales.t().contiguous(), zeros.t().contiguous()
+    s, z = scales.t()[groups].contiguous(), zeros.t()[groups].contiguous()
     codes = torch.empty_like(work, dtype=torch.uint8)
-    for start, end in _blocks(len(groups), group):
+    for start in range(0, len(work), _BLOCK):
+        end = min(start + _BLOCK, len(work))
         errors = torch.empty_like(work[start:end])
         for j in range(start, end):
-            g = groups[j]
-            if j % group == 0 and not act_order:
-                fresh = work[j : j + group]
-                if keep is not None:
-                    fresh = fresh * keep[j : j + group]
-                scales[g], zeros[g] = rtn.grid(*fresh.aminmax(dim=0), bits, symmetric)
-            codes[j] = rtn.encode(work[j], scales[g], zeros[g], bits)
-            rounded = scales[g] * (codes[j] - zeros[g])
+            codes[j] = rtn.encode(work[j], s[j], z[j], bits)
+            rounded = s[j] * (codes[j] - z[j])
             if keep is not None:
                 rounded = rounded * keep[j]
             error = (work[j] - rounded) / factor[j, j]
@@ -77,8 +75,7 @@ def solve(
             errors[j - start] = error
         work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1.0)
     codes = codes[torch.argsort(order)]
-    codes, scales, zeros = (t.t().contiguous() for t in (codes, scales, zeros))
-    return Grouped(codes, scales, zeros, bits, group)
+    return Grouped(codes.t().contiguous(), scales, zeros, bits, group)
 
 
 def _factor(statistic: Gram, act_order: bool, damping: float) -> tuple[Tensor, Tensor]:
@@ -93,12 +90,3 @@ def _factor(statistic: Gram, act_order: bool, damping: float) -> tuple[Tensor, T
         if not int(info):
             return factor, order
         damping *= 10  # float32 lost definiteness in the inverse
-
-
-def _blocks(columns: int, group: int) -> Iterator[tuple[int, int]]:
-    """Column ranges of about `_BLOCK`, such that every group lies in one or starts one."""
-    size = group * (_BLOCK // group) if group <= _BLOCK else _BLOCK
-    for outer in range(0, columns, max(size, group)):
-        stop = min(outer + max(size, group), columns)
-        for start in range(outer, stop, size):
-            yield start, min(start + size, stop)

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from compressors.tensor import Grouped
 
+# Parts of a group's range that a fitted grid may span.
+SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 _TINY = 2.0**-24  # the smallest positive float16
 
 
@@ -57,6 +59,26 @@ def grid(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Te
         return scales, torch.full_like(scales, 2 ** (bits - 1))
     scales = round_scale((hi - lo) / (2**bits - 1))
     zeros = torch.round(-lo / scales).clamp_(0, 2**bits - 1)
+    return scales, zeros
+
+
+def fitted_grid(weight: Tensor, bits: int, group: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """Scales and zeros [N, G] of least squared error per group among a few narrowed ranges.
+
+    Giving up the outermost weights makes the step finer for all others (OMSE, Choukroun et al.
+    2019, arXiv:1902.06822, section 3). The full range is among the candidates.
+    """
+    lo, hi = group_range(weight, group)
+    groups = by_group(weight, group)
+    scales, zeros = grid(lo, hi, bits, symmetric)
+    least = torch.full_like(scales, math.inf)
+    for share in SHARES if bits < 8 else SHARES[:1]:
+        s, z = grid(lo * share, hi * share, bits, symmetric)
+        codes = torch.round(groups / s.unsqueeze(-1) + z.unsqueeze(-1)).clamp_(0, 2**bits - 1)
+        error = (codes - z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(groups).square().sum(-1)
+        better = error < least
+        scales, zeros = torch.where(better, s, scales), torch.where(better, z, zeros)
+        least = torch.minimum(error, least)
     return scales, zeros
 
 

@@ -53,14 +53,13 @@ def naive_rtn(weight: Tensor, bits: int, group: int) -> Tensor:
 
 def naive_gptq(weight: Tensor, hessian: Tensor, bits: int, group: int) -> Tensor:
     """Optimal brain quantization in column order with the inverse of the remaining H made anew for
-    every column (GPTQ eqs. 2 and 3), in float64."""
+    every column (GPTQ eqs. 2 and 3), on the grids of the weights as given, in float64."""
     w, h = weight.double().clone(), hessian.double()
     out = torch.zeros_like(w)
     columns = w.shape[1]
-    grids: list[tuple[float, int]] = []
     for j in range(columns):
-        if j % group == 0:
-            grids = [naive_grid(row[j : j + group].tolist(), bits) for row in w]
+        start = j // group * group
+        grids = [naive_grid(row[start : start + group].tolist(), bits) for row in weight]
         inverse = torch.linalg.inv(h[j:, j:])
         for i, (scale, zero) in enumerate(grids):
             code = min(max(round(float(w[i, j]) / scale + zero), 0), 2**bits - 1)
@@ -128,7 +127,7 @@ def test_hqq_is_never_worse_than_rtn_in_any_group(bits: int, group: int) -> None
 def test_gptq_follows_the_equations(bits: int, group: int) -> None:
     weight, x = draw(5)
     g = statistic(x)
-    form = gptq.solve(weight, g, bits=bits, group=group)
+    form = gptq.solve(weight, g, bits=bits, group=group, act_order=False, search=False)
     expected = naive_gptq(weight, gram.damped(g, 0.01), bits, group)
     # A tie decided the other way in float32 may move a later code of the same row by one.
     same = (form.dense() - expected).abs() < 1e-4
@@ -148,13 +147,17 @@ def test_gptq_blocks_change_nothing(group: int, monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(blocked.scales, whole.scales, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("group", [16, 40])
-def test_gptq_on_a_diagonal_hessian_is_rtn_bit_for_bit(group: int, symmetric: bool) -> None:
+def test_gptq_on_a_diagonal_hessian_is_rtn_bit_for_bit(
+    group: int, symmetric: bool, act_order: bool
+) -> None:
     weight, x = draw(7)
     diagonal = Gram(torch.diag(x.square().mean(0)), len(x))
-    repaired = gptq.solve(weight, diagonal, bits=4, group=group, symmetric=symmetric)
-    plain = rtn.solve(weight, bits=4, group=group, symmetric=symmetric)
+    settings = {"bits": 4, "group": group, "symmetric": symmetric}
+    repaired = gptq.solve(weight, diagonal, **settings, act_order=act_order, search=False)
+    plain = rtn.solve(weight, **settings)
     assert torch.equal(repaired.codes, plain.codes)
     assert torch.equal(repaired.scales, plain.scales)
     assert torch.equal(repaired.zeros, plain.zeros)
@@ -172,10 +175,25 @@ def test_gptq_beats_rtn_on_fifty_of_fifty_draws(act_order: bool) -> None:
 
 def test_gptq_with_activation_order_needs_no_permutation() -> None:
     weight, x = draw(8)
-    form = gptq.solve(weight, statistic(x), bits=4, group=16, act_order=True)
-    grid = rtn.solve(weight, bits=4, group=16)
+    form = gptq.solve(weight, statistic(x), bits=4, group=16, act_order=True, search=False)
     assert form.perm is None
-    assert torch.equal(form.scales, grid.scales)
+    assert torch.equal(form.scales, rtn.solve(weight, bits=4, group=16).scales)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_fitted_grid_is_never_worse_than_the_full_one(symmetric: bool) -> None:
+    weight, _ = draw(12, n=64)
+    index = torch.arange(40) // 10
+    errors = []
+    for scales, zeros in (
+        rtn.grid(*rtn.group_range(weight, 10), 3, symmetric),
+        rtn.fitted_grid(weight, 3, 10, symmetric),
+    ):
+        codes = rtn.encode(weight, scales[:, index], zeros[:, index], 3).float()
+        dense = scales[:, index] * (codes - zeros[:, index])
+        errors.append((dense - weight).square().view(64, 4, 10).sum(-1))
+    assert (errors[1] <= errors[0] * (1 + 1e-5)).all()
+    assert errors[1].sum() < 0.95 * errors[0].sum()
 
 
 def test_gptq_survives_dead_and_equal_inputs() -> None:
