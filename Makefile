@@ -37,7 +37,7 @@ lint: $(DEV_MARK)  ## ruff and mypy
 	$(BIN)/mypy
 
 test: $(DEV_MARK) tools lint  ## Everything CI runs
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report= $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report= $(ARGS)
 	@$(BIN)/coverage report --skip-covered --sort=cover | tail -n 40
 
 bench: $(RUN_MARK)  ## The standard benchmark of every level of the bundled model

@@ -37,6 +37,7 @@ DEFAULT_LEVELS = (
     "int4-gptq-g128",
     "int4-rtn-g64",
     "depth-75",
+    "depth-75+int8",
     "lowrank-80",
     "sparse24-wanda",
 )

@@ -61,7 +61,8 @@ class GatewayProcess:
         self.cache = folder / "cache"
         self._ready_s = ready_s
         folder.mkdir(parents=True, exist_ok=True)
-        document = dict(config or {})
+        # Two cores serve several test processes: OpenMP teams would only wait for each other.
+        document = {"threads": 1, **(config or {})}
         document["cache"] = {"dir": str(self.cache), **document.get("cache", {})}
         if short_texts:
             document["build"] = {**write_texts(folder), **document.get("build", {})}
