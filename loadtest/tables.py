@@ -96,7 +96,8 @@ def _speeds(title: str, groups: Mapping[str, Any]) -> Table:
 
 def _table(first: str, *right: str, left: tuple[str, ...] = ()) -> Table:
     """An airy table: names to the left, numbers to the right, then columns of words."""
-    table = Table(first, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column(first, no_wrap=True, min_width=14)
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     for name in left:
