@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
     from gateway.variants.pool import VariantPool as Pool
 
-_GRACE_S = 10  # for requests in flight at shutdown
-
 
 def serve(
     config: ConfigFile = None,
@@ -65,21 +63,13 @@ def serve(
 
 
 async def _serve(settings: Settings) -> None:
-    import uvicorn
-
     from gateway.app import make_app, open_gateway
+    from gateway.commands.server import Server
 
     # Taken first: a port in use must be said before a model is read.
     with _listen(settings) as listener:
         async with open_gateway(settings) as services:
-            server = uvicorn.Server(
-                uvicorn.Config(
-                    make_app(services),
-                    log_level="warning",
-                    access_log=False,
-                    timeout_graceful_shutdown=_GRACE_S,
-                )
-            )
+            server = Server(make_app(services), services.pool.close)
             url = _url(settings.host, listener.getsockname()[1])
             greeting = asyncio.create_task(_greet(server, services.pool, url))
             try:

@@ -84,7 +84,13 @@ class LocalBackend:
     def _open(self) -> None:
         from compressors.base import CompressionError
         from compressors.export.reader import gptq_config
-        from compressors.model import Checkpoint, block_share, parse_config
+        from compressors.model import (
+            Checkpoint,
+            block_share,
+            build_skeleton,
+            parse_config,
+            source_names,
+        )
 
         try:
             self._checkpoint = Checkpoint(self._folder)
@@ -92,11 +98,13 @@ class LocalBackend:
             self._tokenizer = load_tokenizer(self._folder)
             self._linear_share = block_share(self._checkpoint)
             self._source = self._checkpoint.source_digest
+            self._imported = gptq_config(self._folder)
+            if self._imported is None:  # every parameter must be there, in its shape
+                source_names(self._checkpoint, build_skeleton(self._checkpoint.config))
         except CompressionError as error:
             raise ModelError(str(error), param="model") from error
         text_config = parsed.get_text_config()
         dtype = str(text_config.dtype or "float32").removeprefix("torch.")
-        self._imported = gptq_config(self._folder)
         self._native = _NATIVE_LEVELS.get(dtype, "fp32")
         self.default_level = self._native
         if self._imported is not None:
@@ -180,11 +188,15 @@ class LocalBackend:
             return True if await self.stored(level) else None
 
         async def work(claim: Claim) -> bool:
+            if level != self.default_level:
+                # What another host made is copied and only measured here.
+                await self._shared.store.fetch(key)
             card = await self.measure(level, on_progress)
             if not claim.still_valid():
                 raise BuildFailed("another gateway took this build over")
             if level != self.default_level:
                 await self._shared.store.share(key)
+                await self._shared.store.shared()  # the card tells replicas that it is there
             await self._shared.cards.put(key, card)
             return True
 

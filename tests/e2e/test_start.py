@@ -14,9 +14,8 @@ import httpx
 import pytest
 import yaml
 
-from gateway.config import BUILTIN
-from tests.e2e.commands import complaint, facts, tiny_checkpoint, wait_for_jobs
-from tests.support.gateway_process import GatewayProcess
+from tests.e2e.commands import complaint, facts, one_line, pressgate, tiny_checkpoint, wait_for_jobs
+from tests.support.gateway_process import GatewayProcess, write_texts
 
 pytestmark = pytest.mark.slow
 
@@ -44,9 +43,12 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
     "a list": ("- a\n- b\n", ("not valid YAML",)),
     "unknown key": ({"modles": []}, ("modles",)),
     "unknown key inside": ({"engine": {"max_seqs": 3}}, ("engine.max_seqs",)),
-    "wrong type": ({"port": "many"}, ("port",)),
+    "wrong type": ({"threads": "many"}, ("threads",)),
     "absurd number": ({"engine": {"kv_fraction": 2.0}}, ("engine.kv_fraction",)),
-    "unknown level": (FAKE | {"levels": ["int8", "int9-magic-g64"]}, ("int9-magic-g64", "known:")),
+    "unknown level": (
+        FAKE | {"levels": ["int8", "int9-magic-g64"]},
+        ("magic", "known here:"),
+    ),
     "bad policy": (
         FAKE | {"policies": [{"name": "p", "max_ppl_ratio": 0.2}]},
         ("policies.0.max_ppl_ratio",),
@@ -78,7 +80,10 @@ def test_a_bad_configuration_is_refused_by_name(tmp_path: Path, case: str) -> No
 
 
 def test_a_missing_configuration_is_named(tmp_path: Path) -> None:
-    assert "nowhere.yaml" in complaint("serve", "--config", str(tmp_path / "nowhere.yaml"))
+    """The same as a process of its own, as a shell sees it."""
+    done = pressgate("serve", "--config", str(tmp_path / "nowhere.yaml"))
+    assert done.returncode == 2
+    assert "nowhere.yaml" in one_line(done.stderr)
 
 
 def test_a_calibration_file_that_is_no_text(tmp_path: Path) -> None:
@@ -144,7 +149,7 @@ def _no_tokenizer(folder: Path) -> None:
 
 BAD_MODELS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "missing folder": (_missing, ("no such folder",)),
-    "pickle only": (_pickle_only, ("pytorch_model.bin", "safetensors")),
+    "pickle only": (_pickle_only, ("pickle", "safetensors")),
     "no weights": (_no_weights, ("safetensors",)),
     "truncated": (_truncated, ("model.safetensors",)),
     "garbage": (_no_safetensors_at_all, ("model.safetensors",)),
@@ -213,10 +218,9 @@ def test_a_folder_is_served_under_its_name_and_its_second_start_builds_nothing(
 
 
 def test_a_gptq_checkpoint_is_served_as_the_level_it_is(tmp_path: Path) -> None:
-    eval_text = tmp_path / "text.txt"
-    eval_text.write_text((BUILTIN / "README.md").read_text() * 3)
+    eval_text = write_texts(tmp_path)["eval_text"]
     exported = tmp_path / "docs-17m-gptq"
-    common = ("--cache-dir", str(tmp_path / "cache"), "--eval-text", str(eval_text), "--json")
+    common = ("--cache-dir", str(tmp_path / "cache"), "--eval-text", eval_text, "--json")
     facts("compress", "--level", "int4-rtn-g128", "--export", str(exported), *common)
     flags = ("--model", str(exported))
     with GatewayProcess(tmp_path / "home", {"threads": 1}, flags=flags, ready_s=280) as gateway:
