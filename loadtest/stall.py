@@ -52,9 +52,7 @@ class Plan:
 
 def command(
     *,
-    level: Annotated[
-        str, typer.Option(help="Level to build; deleted before each run.")
-    ],
+    level: Annotated[str, typer.Option(help="Level to build; deleted before each run.")],
     url: opt.Url = "http://127.0.0.1:8000",
     model: opt.ModelName = "docs-17m",
     pinned: Annotated[str, typer.Option(help="Level that streams; - for the gateway's.")] = "bf16",

@@ -60,7 +60,7 @@ def _outcomes(
     title: str, groups: Mapping[str, Any], levels: Mapping[str, Mapping[str, int]] | None
 ) -> Table:
     """What became of the requests of each group."""
-    table = _table(title, "sent", "refused", "failed", "kept", "goodput/s", left=("missed",))
+    table = _table(title, "sent", "refused", "failed", "kept", "good/s", left=("missed",))
     if levels is not None:
         table.add_column("levels")
     for name, part in groups.items():
@@ -82,11 +82,11 @@ def _outcomes(
 def _speeds(title: str, groups: Mapping[str, Any]) -> Table:
     """How fast each group was: medians and 99th percentiles in ms."""
     measures = ("ttft_ms", "tpot_ms", "latency_ms")
-    heads = ("TTFT p50", "p99", "TPOT p50", "p99", "E2E p50", "p99", "tokens/s")
+    heads = ("TTFT p50", "p99", "TPOT p50", "p99", "E2E p50", "p99", "tok/s")
     table = _table(title, *heads)
     for name, part in groups.items():
         cells = [
-            f"{part[measure][p]:.1f}" if part[measure] else "–"
+            f"{part[measure][p]:.{1 if measure == 'tpot_ms' else 0}f}" if part[measure] else "–"
             for measure in measures
             for p in ("p50", "p99")
         ]
@@ -96,8 +96,8 @@ def _speeds(title: str, groups: Mapping[str, Any]) -> Table:
 
 def _table(first: str, *right: str, left: tuple[str, ...] = ()) -> Table:
     """An airy table: names to the left, numbers to the right, then columns of words."""
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column(first, no_wrap=True, min_width=14)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(first, no_wrap=True)
     for name in right:
         table.add_column(name, justify="right", no_wrap=True)
     for name in left:
