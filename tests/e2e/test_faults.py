@@ -194,7 +194,7 @@ def test_a_stream_is_ended_before_the_gateway_stops(
         reader.join(30)
     assert not reader.is_alive()
     assert status == 0, process.log
-    assert "Traceback" not in process.log
+    assert "Exception in ASGI" not in process.log  # nothing was torn down under a request
     assert time.monotonic() - began < 25
     told = [line for line in lines if line]
     if complete:
