@@ -12,7 +12,7 @@ from rich.table import Table
 from gateway.variants.card import Card
 from gateway.variants.variant import LadderSnapshot
 
-_WIDTH = 120
+_WIDTH = 140
 _COLUMNS = (
     "MB",
     "ratio",
