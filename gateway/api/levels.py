@@ -47,10 +47,15 @@ async def warm(name: str, services: Using, model: _Model = None) -> dict[str, An
 
 
 @router.post("/v1/levels/{name}:evict", summary="Unload a level from memory")
-async def evict(name: str, services: Using, model: _Model = None) -> dict[str, Any]:
-    """Refused (409) while requests use it. The stored artifact stays."""
+async def evict(
+    name: str,
+    services: Using,
+    model: _Model = None,
+    delete: Annotated[bool, Query(description="forget the stored artifact too")] = False,
+) -> dict[str, Any]:
+    """Refused (409) while requests use it."""
     target = one_model(services.pool, model)
-    await services.pool.evict(target, name)
+    await services.pool.evict(target, name, delete=delete)
     return _one(services, target, name)
 
 

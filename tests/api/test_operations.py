@@ -278,3 +278,11 @@ def test_openapi_describes_every_endpoint_and_no_reference_dangles(http: httpx.C
         content = document["paths"][path]["post"]["requestBody"]["content"]
         assert "sla" in content["application/json"]["schema"]["properties"]
     assert "/v1/levels/{name}:build" in document["paths"]
+
+
+def test_evict_can_forget_the_artifact_too(own: tuple[Gateway, httpx.Client]) -> None:
+    _, http = own
+    assert http.post(f"/v1/levels/{LEVELS[1]}:warm").status_code == 200
+    evicted = http.post(f"/v1/levels/{LEVELS[1]}:evict", params={"delete": "true"})
+    assert evicted.status_code == 200
+    assert evicted.json()["state"] == "absent"
