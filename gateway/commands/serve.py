@@ -85,7 +85,7 @@ def _listen(settings: Settings) -> socket.socket:
         ConfigError: the address is not ours or the port is taken.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # asyncio sets TCP_NODELAY only on sockets that name their protocol; Nagle costs 40 ms a request.
+    # asyncio sets TCP_NODELAY only on sockets that name their protocol; Nagle costs 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:

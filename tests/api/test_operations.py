@@ -234,11 +234,16 @@ def test_health_and_readiness(own: tuple[Gateway, httpx.Client]) -> None:
     assert http.get("/healthz").json() == {"status": "ok"}
     assert http.get("/readyz").json() == {"status": "ready"}
     assert http.post("/v1/levels/bf16:evict").status_code == 200
+    assert http.get("/readyz").status_code == 200  # the next request loads it again
+    assert http.post(TEXT, json=text()).status_code == 200
+
+
+def test_not_ready_before_the_default_level_is_loaded(own: tuple[Gateway, httpx.Client]) -> None:
+    gateway, http = own
+    gateway.pool._loaded_defaults = False  # as between start and the end of the first load
     down = http.get("/readyz")
     assert down.status_code == 503
     assert int(down.headers["retry-after"]) >= 1
-    assert http.post(TEXT, json=text()).status_code == 200  # loads it again
-    assert http.get("/readyz").status_code == 200
 
 
 def test_a_served_request_shows_in_the_metrics(own: tuple[Gateway, httpx.Client]) -> None:
