@@ -30,7 +30,9 @@ def compress_linear(
     rank: int,
     dtype: torch.dtype,
 ) -> LinearForm:
-    """Apply `steps` to weight [N, K] (float32); values left unquantized are stored in `dtype`.
+    """Apply `steps` to weight [N, K] (float32); values left unquantized come out in `dtype`.
+
+    The form lies on the CPU, wherever the weight did.
 
     Raises:
         ValueError: the weight or a statistic is not finite.
@@ -50,14 +52,18 @@ def compress_linear(
 
 
 def stored_as(form: LinearForm, dtype: torch.dtype) -> LinearForm:
-    """The form with every dense part in `dtype`."""
+    """The form on the CPU with every dense part in `dtype`."""
     if isinstance(form, Dense):
-        return Dense(form.weight.to(dtype))
+        return Dense(form.weight.to("cpu", dtype))
+    if isinstance(form, Grouped):
+        codes, scales, zeros = (t.cpu() for t in (form.codes, form.scales, form.zeros))
+        perm = None if form.perm is None else form.perm.cpu()
+        return replace(form, codes=codes, scales=scales, zeros=zeros, perm=perm)
     if isinstance(form, Sparse24):
-        return Sparse24(stored_as(form.values, dtype), form.index)
+        return Sparse24(stored_as(form.values, dtype), form.index.cpu())
     if isinstance(form, LowRank):
         return LowRank(stored_as(form.left, dtype), stored_as(form.right, dtype))
-    return form
+    raise TypeError(f"unknown form {type(form).__name__}")
 
 
 def form_bytes(form: LinearForm) -> int:

@@ -183,7 +183,7 @@ class _Job:
             for name in group:
                 linear = block.get_submodule(name)
                 form = self._linear(plan, rows[name], weight_of(linear), observer)
-                dense = form.dense(torch.float32)
+                dense = form.dense(torch.float32).to(self.device)
                 transposed = weight_of(linear, dense)
                 set_tensor(linear, "weight", transposed.contiguous())
                 done.add(f"{name}.weight")
@@ -257,7 +257,7 @@ class _Observer:
 
 def _relative_error(weight: Tensor, form: LinearForm, observer: _Observer | None) -> float:
     """‖X(W−Ŵ)ᵀ‖ / ‖XWᵀ‖ on the sample, or ‖W−Ŵ‖ / ‖W‖ without one."""
-    error = weight - form.dense(torch.float32)
+    error = weight - form.dense(torch.float32).to(weight.device)
     if observer is not None and observer.sample is not None:
         error, weight = observer.sample @ error.t(), observer.sample @ weight.t()
     norm = float(weight.norm())

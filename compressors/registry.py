@@ -91,37 +91,37 @@ class Method:
 # arXiv:2210.17323 table 3, HQQ blog table 1, Wanda arXiv:2306.11695 table 3, SVD-LLM
 # arXiv:2403.07378 table 1, ShortGPT arXiv:2403.03853 table 2).
 _RTN = {
-    8: Quality(1.0004, 0.0003, 0.990),
-    4: Quality(1.055, 0.072, 0.873),
-    3: Quality(1.337, 0.373, 0.715),
-    2: Quality(20.0, 3.0, 0.25),
+    8: Quality(1.0004, 0.0004, 0.989),
+    4: Quality(1.055, 0.072, 0.872),
+    3: Quality(1.335, 0.372, 0.717),
+    2: Quality(19.4, 3.19, 0.193),
 }
 _HQQ = {
-    8: Quality(1.0004, 0.0003, 0.990),
-    4: Quality(1.048, 0.069, 0.88),
-    3: Quality(1.23, 0.29, 0.75),
-    2: Quality(6.0, 2.0, 0.37),
+    8: Quality(1.0004, 0.0004, 0.989),
+    4: Quality(1.043, 0.063, 0.879),
+    3: Quality(1.183, 0.245, 0.770),
+    2: Quality(2.69, 1.196, 0.496),
 }
 _GPTQ = {
-    8: Quality(1.0004, 0.0002, 0.991),
-    4: Quality(1.024, 0.044, 0.898),
-    3: Quality(1.17, 0.21, 0.78),
-    2: Quality(4.0, 1.5, 0.43),
+    8: Quality(1.0001, 0.0002, 0.993),
+    4: Quality(1.023, 0.043, 0.899),
+    3: Quality(1.115, 0.165, 0.814),
+    2: Quality(1.77, 0.749, 0.605),
 }
-_MAGNITUDE24 = {50: Quality(3.09, 1.34, 0.470)}
-_WANDA24 = {50: Quality(2.30, 1.04, 0.539)}
+_MAGNITUDE24 = {50: Quality(3.09, 1.343, 0.470)}
+_WANDA24 = {50: Quality(2.30, 1.035, 0.539)}
 _DEPTH = {
     88: Quality(1.243, 0.305, 0.745),
     75: Quality(1.79, 0.742, 0.606),
-    62: Quality(2.94, 1.31, 0.479),
-    50: Quality(5.33, 1.92, 0.376),
-    25: Quality(60.0, 4.0, 0.15),
+    62: Quality(2.94, 1.306, 0.479),
+    50: Quality(5.33, 1.916, 0.376),
+    25: Quality(23.3, 3.434, 0.200),
 }
 _SVD = {
-    90: Quality(1.22, 0.317, 0.746),
-    80: Quality(1.36, 0.461, 0.694),
+    90: Quality(1.222, 0.317, 0.746),
+    80: Quality(1.363, 0.461, 0.694),
     60: Quality(2.09, 0.964, 0.574),
-    40: Quality(6.0, 2.0, 0.36),
+    40: Quality(5.78, 2.053, 0.400),
 }
 
 _QUANTIZE, _PRUNE, _LOWRANK = "compressors.quantize", "compressors.prune", "compressors.lowrank"

@@ -123,6 +123,15 @@ def test_what_is_not_compressed_keeps_its_bytes(
             assert values.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("level", ["int4-gptq-g16", "lowrank-80", "sparse24-wanda", "depth-50"])
+def test_half_precision_checkpoints(
+    level: str, dtype: torch.dtype, make_checkpoint: MakeCheckpoint
+) -> None:
+    sink, _ = run(make_checkpoint("opt", dtype), level)
+    assert torch.isfinite(logits(materialize(sink))).all()
+
+
 def test_a_dense_level_casts_and_says_so(make_checkpoint: MakeCheckpoint) -> None:
     folder = make_checkpoint("llama", torch.bfloat16)
     for level, dtype in (("fp32", torch.float32), ("fp16", torch.float16)):
