@@ -14,6 +14,7 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import wraps
 from types import ModuleType
 from typing import Any
 
@@ -91,6 +92,8 @@ def running(
       silently be the first sequence of the batch. A hook on each block makes it a tuple again.
     - It moves blocks to "cuda:0" to work on them: that constant becomes `device`.
     - It synchronises CUDA after every layer, which raises without CUDA: not called then.
+    - It solves a layer column by column, thousands of tiny operations; on a CPU that also serves,
+      waiting for the other threads each time makes that many times slower.
 
     `on_block` is called after every forward of a block; raising from it ends the run.
     """
@@ -106,7 +109,25 @@ def running(
             stack.enter_context(_attribute(importlib.import_module(name), "CUDA_0", device))
         if device.type != "cuda":
             stack.enter_context(_attribute(torch.cuda, "synchronize", _nothing))
+            solver = importlib.import_module("auto_gptq.quantization.gptq").GPTQ
+            one = _on_one_thread(solver.fasterquant)
+            stack.enter_context(_attribute(solver, "fasterquant", one))
         yield
+
+
+def _on_one_thread(solve: Callable[..., Any]) -> Callable[..., Any]:
+    """`solve` with one torch thread: its operations are so small that threads mostly wait."""
+
+    @wraps(solve)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return solve(*args, **kwargs)
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 @contextmanager

@@ -334,7 +334,7 @@ def test_the_level_stands_alone_and_is_symmetric() -> None:
 def bundled() -> tuple[CollectingSink, Report]:
     """The bundled model quantized by the real package on a few windows of random tokens."""
     sink = CollectingSink()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     windows = torch.stack(random_windows(vocabulary=8192, count=4, length=128))
     recipe = Recipe.parse("int4-autogptq-g128")
     calibration = Calibration(windows, "random tokens")

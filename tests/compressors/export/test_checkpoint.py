@@ -373,13 +373,14 @@ def test_transformers_and_gptqmodel_load_what_we_write(symmetric: bool, tmp_path
         for form in parts.forms.values():
             assert isinstance(form, Grouped)
             form.zeros[:, 0] = 0
+    config = {**parts.config, "dtype": "float16"}
+    parts = CompressedModel(config, {n: t.half() for n, t in parts.tensors.items()}, parts.forms)
     # GPTQModel insists on a tokenizer; whose does not matter.
     tokenizer = Path(gateway.__file__).parent / "builtin" / "docs-17m"
     folder = write_gptq(tmp_path / "out", parts, tokenizer_from=tokenizer)
     ids = torch.randint(128, (1, 9))
-    config = LlamaConfig(**SMALL)
-    expected = filled(read_gptq(folder), config)(ids).logits
+    expected = filled(read_gptq(folder), LlamaConfig(**SMALL))(ids).logits
     other = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float16)
-    assert torch.allclose(other.model(ids).logits, expected, atol=1e-3)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu")
-    assert torch.allclose(loaded(ids).logits, expected, atol=0.1)
+    assert torch.allclose(other.model(ids).logits.float(), expected, atol=5e-3)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16, device_map="cpu")
+    assert torch.allclose(loaded(ids).logits.float(), expected, atol=5e-2)
