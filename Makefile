@@ -17,11 +17,13 @@ help:  ## Show the targets
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(RUN_MARK): pyproject.toml setup.py | $(BIN)/python
+SOURCES := pyproject.toml setup.py $(wildcard gateway/engine/kernels/*.cpp gateway/engine/kernels/*.h)
+
+$(RUN_MARK): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
 
-$(DEV_MARK): pyproject.toml setup.py | $(BIN)/python
+$(DEV_MARK): $(SOURCES) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@ $(RUN_MARK)
 
