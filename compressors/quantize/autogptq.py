@@ -109,7 +109,7 @@ def build(
                 _dense_model(checkpoint, device), False, _quantize_config(package, settings)
             )
         with _timed(seconds, "quantize"):
-            _quantize(model, windows, torch.device(device), progress)
+            _quantize(model, windows, _working_device(device), progress)
         with _timed(seconds, "store"):
             model.save_quantized(scratch)
             del model
@@ -218,6 +218,11 @@ def _quantize(
                 f"auto-gptq 0.7.1 cannot run the blocks of transformers' current "
                 f"{type(model.model).__name__} ({error}); use the gptq method instead"
             ) from error
+
+
+def _working_device(device: str) -> torch.device:
+    # It compares devices for equality, and tensors say "cuda:0", never "cuda".
+    return torch.device("cuda", 0) if device == "cuda" else torch.device(device)
 
 
 def _any_in(block: nn.Module, names: Sequence[str]) -> bool:
