@@ -146,7 +146,7 @@ class LocalBackend:
     async def stored(self, level: str) -> bool:
         if level == self.default_level or level in self._upstream:
             return True
-        return self.key(level) in await self._shared.store.keys()
+        return await self._shared.store.manifest(self.key(level)) is not None
 
     def card(self, level: str) -> Card:
         if level in self._upstream:
