@@ -108,6 +108,13 @@ _GPTQ = {
     3: Quality(1.115, 0.165, 0.814),
     2: Quality(1.77, 0.749, 0.605),
 }
+# Symmetric: the range that a zero point would save costs more than GPTQ gains below four bits.
+_AUTOGPTQ = {
+    8: Quality(1.0002, 0.0002, 0.992),
+    4: Quality(1.037, 0.063, 0.883),
+    3: Quality(1.269, 0.313, 0.738),
+    2: Quality(9.99, 2.534, 0.287),
+}
 _MAGNITUDE24 = {50: Quality(3.09, 1.343, 0.470)}
 _WANDA24 = {50: Quality(2.30, 1.035, 0.539)}
 _DEPTH = {
@@ -130,7 +137,14 @@ METHODS: dict[str, Method] = {
     "hqq": Method("hqq", "quantize", "quantization", f"{_QUANTIZE}.hqq:solve", False, _HQQ, 9),
     "gptq": Method("gptq", "quantize", "quantization", f"{_QUANTIZE}.gptq:solve", True, _GPTQ),
     "autogptq": Method(
-        "autogptq", "quantize", "quantization", f"{_QUANTIZE}.autogptq:solve", True, _GPTQ, 0, True
+        "autogptq",
+        "quantize",
+        "quantization",
+        f"{_QUANTIZE}.autogptq:solve",
+        True,
+        _AUTOGPTQ,
+        0,
+        True,
     ),
     "magnitude": Method(
         "magnitude", "sparse24", "pruning", f"{_PRUNE}.magnitude:solve", False, _MAGNITUDE24
