@@ -20,7 +20,6 @@ from cache.manifest import Manifest
 from compressors.model import Checkpoint, torch_dtype
 from compressors.pipeline import compress
 from compressors.recipe import Recipe
-from compressors.registry import estimate
 from gateway.engine.kernels.store import unpack
 from gateway.engine.local import LocalEngine, LocalOptions, LocalRuntime
 from gateway.engine.runner import Model, VariantWeights, build_model, forward_logits
@@ -84,10 +83,6 @@ def build(spec: BuildSpec, progress: ProgressFn) -> dict[str, Any]:
         "compression_ratio": checkpoint.total_bytes / max(stored, 1),
         "build_seconds": build_seconds,
     }
-    if spec.imported:  # nothing to compare with: what is expected of its recipe
-        expected = estimate(Recipe.parse(spec.level))
-        sizes["perplexity_ratio"] = expected.perplexity_ratio
-        sizes["kl_nats"], sizes["top1_agreement"] = expected.kl_nats, expected.top1_agreement
     speeds = asyncio.run(_speeds(spec, dense, level)) if spec.measure_speed else {}
     return {"card": card.model_copy(update=sizes | speeds).model_dump(mode="json")}
 

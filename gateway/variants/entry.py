@@ -38,12 +38,13 @@ class Variant:
     def name(self) -> str:
         return f"{self.backend.model}@{self.spec.level}"
 
-    def facts(self) -> LevelFacts:
-        """What deciders may know of it."""
+    def facts(self, now: float) -> LevelFacts:
+        """What deciders may know of it. A failure is over when it may be tried again."""
+        over = self.state is State.FAILED and now - self.failed_at >= RETRY_FAILED_AFTER
         return LevelFacts(
             level=self.spec.level,
             family=self.spec.family,
-            state=self.state,
+            state=State.ABSENT if over else self.state,
             card=self.backend.card(self.spec.level),
             stats=self.engine.stats() if self.engine is not None else _IDLE_STATS,
             leases=self.leases,

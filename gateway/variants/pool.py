@@ -141,7 +141,8 @@ class VariantPool:
             NotFound: unknown model.
         """
         backend = self._backend(model)
-        levels = [variant.facts() for variant in self._variants.get(model, {}).values()]
+        now = self._clock()
+        levels = [variant.facts(now) for variant in self._variants.get(model, {}).values()]
         levels.sort(key=lambda facts: (facts.card.perplexity_ratio, -facts.card.resident_bytes))
         everyone = [v.engine.stats() for v in self._all() if v.engine is not None]
         return LadderSnapshot(
