@@ -9,9 +9,12 @@ import asyncio
 import socket
 from collections.abc import Awaitable, Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
-from fastapi import FastAPI
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
 
 _GRACE_S = 10.0  # for requests in flight
 _LAST_WORDS_S = 5  # for telling those that are still there
@@ -25,7 +28,7 @@ class Server(uvicorn.Server):
             the grace time is over.
     """
 
-    def __init__(self, app: FastAPI, stop_generating: Callable[[], Awaitable[None]]) -> None:
+    def __init__(self, app: Starlette, stop_generating: Callable[[], Awaitable[None]]) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
