@@ -20,6 +20,7 @@ BELOW = {
     "variants": {"engine", "quality"},
     "policy": {"variants", "engine.base"},
     "api": {"policy", "variants", "engine", "quality"},
+    "commands": {"app", "api", "policy", "variants", "engine", "quality"},
 }
 POLICY_SEES = {"gateway.variants.variant", "gateway.variants.card", "gateway.engine.base"}
 HEAVY = ("torch", "transformers")
@@ -31,7 +32,15 @@ TORCH_FREE = (
     "gateway.errors",
     "gateway.config",
     "gateway.metrics",
+    "gateway.cli",
+    "gateway.commands",
+    "gateway.app",
     "gateway.variants.variant",
+    "gateway.variants.cards",
+    "gateway.variants.entry",
+    "gateway.variants.spec",
+    "gateway.variants.shared",
+    "gateway.variants.fake_backend",
     "gateway.variants.pool",
     "gateway.variants.card",
     "gateway.variants.jobs",
