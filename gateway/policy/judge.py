@@ -21,7 +21,7 @@ BARRIERS: Final[Mapping[str, str]] = MappingProxyType(
         "levels": "not among the policy's levels",
         "failed": "failed",
         "draining": "being unloaded",
-        "too_large": "larger than the memory budget of this host",
+        "too_large": "larger than the memory for weights on this host",
         "host_memory": "no room beside the levels in use",
         "not_built": "not built, and the policy may not build it",
     }
@@ -61,7 +61,7 @@ def judge(
                 predicted=predicted,
                 broken=excess(bounds, costs(facts, predicted)),
                 rank=ranks.get(facts.level, len(ranks) + index),
-                barrier=_barrier(facts, policy, snapshot.memory_budget, room),
+                barrier=_barrier(facts, policy, snapshot.for_weights[0], room),
             )
         )
     return tuple(options)
@@ -100,23 +100,31 @@ def _build_seconds(facts: LevelFacts) -> float:
 
 
 def _room(snapshot: LadderSnapshot) -> int:
-    """Bytes a new level may take: what is free plus what idle levels of this ladder would free."""
+    """Bytes a new level may take: what weights may take less what cannot be unloaded for it.
+
+    Only idle levels of this ladder count as unloadable. Whatever else is taken stays taken: levels
+    in use, levels on their way in or out, and everything of other models, whose leases a snapshot
+    does not tell (the pool may find more room than this, hardly less).
+    """
+    budget, used = snapshot.for_weights
     idle = sum(
         facts.card.resident_bytes
         for facts in snapshot.levels
         if facts.state is State.READY and not facts.leases
     )
-    return max(0, snapshot.memory_budget - snapshot.memory_used + idle)
+    return max(0, budget - max(0, used - idle))
 
 
-def _barrier(facts: LevelFacts, policy: Policy, memory_budget: int, room: int) -> str:
+def _barrier(facts: LevelFacts, policy: Policy, weight_budget: int, room: int) -> str:
     if policy.levels and facts.level not in policy.levels:
         return "levels"
+    resident = facts.card.resident_bytes
+    in_memory = facts.state in (State.READY, State.LOADING, State.DRAINING)
+    if not in_memory and resident > weight_budget:
+        return "too_large"
     if facts.state in (State.FAILED, State.DRAINING):
         return facts.state.value
     if facts.state is State.ABSENT and not policy.build:
         return "not_built"
-    resident = facts.card.resident_bytes
-    if facts.state in (State.READY, State.LOADING) or resident <= room:
-        return ""  # in memory, its bytes count as used already
-    return "too_large" if resident > memory_budget else "host_memory"
+    # In memory, its bytes count as used already.
+    return "" if in_memory or resident <= room else "host_memory"

@@ -90,7 +90,8 @@ class Ladder:
             for facts in start.levels
             if facts.state in (State.READY, State.LOADING, State.DRAINING)
         )
-        self._others = max(0, start.memory_used - loaded)
+        self._weight_budget, self._weights_at_start = start.for_weights
+        self._others = max(0, self._weights_at_start - loaded)
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._prompts: deque[tuple[_Level, Job]] = deque()
@@ -114,10 +115,12 @@ class Ladder:
             )
             for level in self._levels.values()
         )
+        weights = self._weights()
         return replace(
             self._start,
             levels=levels,
-            memory_used=self._memory_used(),
+            memory_used=self._start.memory_used - self._weights_at_start + weights,
+            weight_used=weights if self._start.weight_budget else 0,
             building=sum(level.state is State.BUILDING for level in self._levels.values()),
             host_running=sum(facts.stats.running for facts in levels),
             host_waiting_prompt_tokens=sum(f.stats.waiting_prompt_tokens for f in levels),
@@ -263,11 +266,11 @@ class Ladder:
             key=lambda level: level.used,
         )
         for level in idle:
-            if self._memory_used() <= self._start.memory_budget:
+            if self._weights() <= self._weight_budget:
                 return
             level.state = State.STORED
 
-    def _memory_used(self) -> int:
+    def _weights(self) -> int:
         return self._others + sum(
             level.facts.card.resident_bytes
             for level in self._levels.values()

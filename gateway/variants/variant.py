@@ -34,6 +34,7 @@ class LevelFacts:
         error: why the last build or load failed, in one line.
         kv_bytes_per_token: KV-cache bytes one token of context takes; 0 when unknown.
         max_running: sequences its engine decodes at once; 0 when unknown.
+        retry_s: seconds until a failed level is tried again; 0 when unknown or not failed.
     """
 
     level: str
@@ -45,6 +46,7 @@ class LevelFacts:
     error: str | None = None
     kv_bytes_per_token: int = 0
     max_running: int = 0
+    retry_s: float = 0.0
 
     @property
     def loadable(self) -> bool:
@@ -57,7 +59,9 @@ class LadderSnapshot:
     """Everything `decide` may know, taken at one moment.
 
     `memory_used` counts weights and KV pools of every resident variant, bytes; `building` is the
-    number of builds running; `levels` is ordered best quality first.
+    number of builds running; `levels` is ordered best quality first. `weight_budget` bytes are what
+    weights of all models may take (the rest is kept for KV pools; 0: all of `memory_budget`), and
+    `weight_used` what they take now, levels being loaded included.
     """
 
     model: str
@@ -67,6 +71,16 @@ class LadderSnapshot:
     building: int = 0
     host_running: int = 0
     host_waiting_prompt_tokens: int = 0
+    weight_budget: int = 0
+    weight_used: int = 0
+
+    @property
+    def for_weights(self) -> tuple[int, int]:
+        """Bytes that weights may take and bytes taken of them; of all memory when weights have no
+        budget of their own."""
+        if self.weight_budget:
+            return self.weight_budget, self.weight_used
+        return self.memory_budget, self.memory_used
 
     def level(self, name: str) -> LevelFacts | None:
         return next((facts for facts in self.levels if facts.level == name), None)

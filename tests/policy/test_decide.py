@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -368,6 +369,45 @@ class TestHostMemory:
         snapshot = ladder(dict.fromkeys(CARDS, STORED), memory_budget=30 * MB, memory_used=0)
         assert choose(snapshot, max_ppl_ratio=1.0, on_miss="reject").code == "unmet"
         assert choose(snapshot, pin="fp32").code == "too_large"
+
+    def shared(self, used: int, **more: Any) -> LadderSnapshot:
+        """fp32 (68 MB) and int8 (20 MB) are on disk, bf16 (34 MB) serves; weights may take 60 MB
+        of the 1000 MB of memory, the rest is kept for KV pools."""
+        states = {"fp32": STORED, "int8": STORED, "int4": ABSENT, "sparse24": ABSENT}
+        budgets = {"weight_budget": 60 * MB, "weight_used": used * MB}
+        return with_level(ladder(states, **budgets), "bf16", **more)
+
+    def misses(self, snapshot: LadderSnapshot) -> dict[str, tuple[str, ...]]:
+        return {v.level: v.misses for v in choose(snapshot).verdicts}
+
+    def test_memory_kept_for_kv_pools_is_no_room_for_weights(self) -> None:
+        """1000 MB of memory are nearly free, but a level above the weights' share never fits."""
+        snapshot = self.shared(used=34)
+        assert self.misses(snapshot)["fp32"] == ("too_large",)
+        assert choose(snapshot, pin="fp32").code == "too_large"
+        assert choose(snapshot, max_ppl_ratio=1.0, on_miss="reject").code == "unmet"
+
+    def test_a_failed_level_above_the_share_of_weights_is_too_large(self) -> None:
+        snapshot = with_level(self.shared(used=34), "fp32", state=State.FAILED, error="no memory")
+        assert choose(snapshot, pin="fp32").code == "too_large"
+
+    def test_kv_pools_take_no_room_from_weights(self) -> None:
+        """The KV pools fill all the rest of the memory; 26 MB are left for weights."""
+        snapshot = replace(self.shared(used=34, leases=1), memory_used=1000 * MB)
+        assert self.misses(snapshot)["int8"] == ()
+
+    def test_weights_of_this_model_in_use_are_a_barrier_for_now(self) -> None:
+        others = 10  # MB of another model: 16 MB are free, 50 MB without bf16
+        assert self.misses(self.shared(used=34 + others, leases=1))["int8"] == ("host_memory",)
+        assert self.misses(self.shared(used=34 + others))["int8"] == ()
+
+    def test_weights_of_other_models_are_a_barrier_for_now(self) -> None:
+        """bf16 is idle, but 41 MB belong to other models."""
+        assert self.misses(self.shared(used=34 + 41))["int8"] == ("host_memory",)
+
+    def test_idle_levels_never_free_more_than_the_share_of_weights(self) -> None:
+        """Cards may overstate what is in memory; fp32 still has no room."""
+        assert self.misses(self.shared(used=1))["fp32"] == ("too_large",)
 
 
 class TestLoad:

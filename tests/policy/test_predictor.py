@@ -220,3 +220,12 @@ def test_state_is_bounded() -> None:
     for number in range(300):
         predictor.predict(10, 10, replace(snapshot, model=f"m{number}"))
     assert predictor.levels_known <= 1024
+
+
+def test_every_level_is_charged_for_its_own_kv_cache() -> None:
+    """A token's KV takes twice as many bytes at fp32 as at bf16."""
+    snapshot = with_level(ladder(), "fp32", kv_bytes_per_token=4000)
+    snapshot = with_level(snapshot, "bf16", kv_bytes_per_token=2000)
+    fp32, bf16, *_ = Predictor().predict(900, 100, snapshot)
+    assert fp32.memory_mb == pytest.approx(68 + 4)
+    assert bf16.memory_mb == pytest.approx(34 + 2)

@@ -142,6 +142,24 @@ class TestLadder:
         assert after.memory_used <= after.memory_budget
         assert {f.level for f in after.levels if f.state is State.STORED} >= {"bf16"}
 
+    def test_idle_levels_make_room_within_the_share_of_weights(self) -> None:
+        """Memory is plentiful, but weights may take 90 MB of it: bf16 (34 MB) has to go."""
+        start = ladder(
+            {"fp32": State.STORED, "int8": State.ABSENT, "int4": State.ABSENT},
+            memory_used=600 * MB,
+            weight_budget=90 * MB,
+            weight_used=56 * MB,
+        )
+        simulated = Ladder(start, lambda *_: None)
+        simulated.serve("fp32", Job(0.0, 1, 1))
+        simulated.drain()
+        after = simulated.snapshot()
+        loaded = [facts for facts in after.levels if facts.state is State.READY]
+        assert "fp32" in [facts.level for facts in loaded]
+        assert after.weight_used == sum(facts.card.resident_bytes for facts in loaded)
+        assert after.weight_used <= after.weight_budget
+        assert after.memory_used - start.memory_used == after.weight_used - start.weight_used
+
     @settings(max_examples=60)
     @given(
         st.lists(
