@@ -11,7 +11,9 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 
+from blake3 import blake3
 from fastapi import FastAPI
 
 from cache.disk import DiskStore, Event
@@ -34,7 +36,7 @@ from gateway.policy.admission import Admission
 from gateway.policy.predictor import Predictor
 from gateway.policy.store import PolicyStore
 from gateway.variants.backend import Backend
-from gateway.variants.cards import CardBook, host_name
+from gateway.variants.cards import CardBook, conditions
 from gateway.variants.fake_backend import FakeBackend
 from gateway.variants.local_backend import LocalBackend
 from gateway.variants.pool import VariantPool
@@ -42,6 +44,7 @@ from gateway.variants.shared import Runtime, Shared
 
 log = logging.getLogger(__name__)
 
+_RETRY_SECONDS = 30.0
 _USAGE_SECONDS = 10.0  # how often cache sizes are read for the metrics
 
 
@@ -86,8 +89,7 @@ async def open_backends(settings: Settings) -> AsyncIterator[Parts]:
         stack.push_async_callback(documents.close)
         runtime = Runtime(settings)
         stack.push_async_callback(runtime.close)
-        device = await asyncio.to_thread(lambda: runtime.device)
-        cards = CardBook(documents, host_name(device, runtime.threads))
+        cards = CardBook(documents, await asyncio.to_thread(_conditions, settings, runtime))
         await cards.start()
         flight = SingleFlight(redis, settings.cache.root)
         stack.push_async_callback(flight.close)
@@ -97,6 +99,7 @@ async def open_backends(settings: Settings) -> AsyncIterator[Parts]:
             flight=flight,
             cards=cards,
             runtime=runtime,
+            on_event=_watch_tier(metrics, "disk"),
         )
         backends = [
             await _backend(model, await _ladder(model, settings, documents), shared)
@@ -146,7 +149,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
 
 def make_app(services: Services) -> FastAPI:
     """The HTTP front over open services."""
-    app = FastAPI(title="Pressgate", version="0.1.0", docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="Pressgate", version=version("pressgate"), docs_url="/docs", redoc_url=None)
     app.state.services = services
     for module in (openai, explain, levels, policies, health, console):
         app.include_router(module.router)
@@ -191,6 +194,17 @@ def _check_memory(settings: Settings, backends: tuple[Backend, ...]) -> None:
                 f"budget is KV cache; set at least {weights / (1 - share) / 1e6 + 1:.0f} MB",
                 param="memory_budget",
             )
+
+
+def _conditions(settings: Settings, runtime: Runtime) -> str:
+    """What a card measured here depends on besides the artifact."""
+    text = settings.build.eval_text
+    return conditions(
+        device=runtime.device,
+        threads=runtime.threads,
+        dtype=settings.dtype,
+        eval_text=blake3(text.read_bytes()).hexdigest() if text is not None else "",
+    )
 
 
 def _redis(settings: Settings, metrics: Metrics) -> RedisStore | None:
@@ -280,21 +294,28 @@ def _learn(pool: VariantPool, backends: tuple[Backend, ...]) -> Callable[[str], 
 
 
 async def _start_up(pool: VariantPool, settings: Settings) -> None:
-    """Load default levels; then measure and build what the configuration wants, one at a time."""
-    try:
-        await pool.load_defaults()
-        if settings.build.prebuild:
-            for model in pool.models():
-                await pool.build_missing(model)
-    except PressgateError as error:
-        log.error("start-up: %s", error.message)
+    """Load default levels, trying again until it works; then build what the configuration wants."""
+    while True:
+        try:
+            await pool.load_defaults()
+            break
+        except PressgateError as error:
+            log.error("start-up: %s; trying again in %.0f s", error.message, _RETRY_SECONDS)
+            await asyncio.sleep(_RETRY_SECONDS)
+    if settings.build.prebuild:
+        for model in pool.models():
+            await pool.build_missing(model)
 
 
 async def _report_usage(parts: Parts) -> None:
     """Keep the cache's size gauges fresh without reading the disk on every scrape."""
     while True:
-        usage = await parts.store.usage()
-        parts.metrics.cache_bytes("disk", usage.disk.total_bytes)
-        if usage.redis is not None:
-            parts.metrics.cache_bytes("redis", usage.redis.blob_bytes)
+        try:
+            usage = await parts.store.usage()
+        except CacheError as error:
+            log.warning("cannot read the cache's size: %s", error)
+        else:
+            parts.metrics.cache_bytes("disk", usage.disk.total_bytes)
+            if usage.redis is not None:
+                parts.metrics.cache_bytes("redis", usage.redis.blob_bytes)
         await asyncio.sleep(_USAGE_SECONDS)

@@ -26,11 +26,12 @@ class LevelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A level in memory. `resident_bytes` counts weights; KV belongs to the backend."""
+    """A level in memory. `resident_bytes` counts weights, not KV; `held` lives as long as it."""
 
     engine: Engine
     resident_bytes: int
     load_seconds: float
+    held: object = None
 
 
 class Backend(Protocol):
@@ -38,7 +39,6 @@ class Backend(Protocol):
 
     model: str
     context_length: int
-    kv_bytes_per_token: int
     max_running: int
     default_level: str
 
@@ -61,6 +61,10 @@ class Backend(Protocol):
 
     def card(self, level: str) -> Card:
         """Measured card of this host if there is one, else an estimate."""
+        ...
+
+    def kv_bytes_per_token(self, level: str) -> int:
+        """KV bytes that one token of context takes at this level."""
         ...
 
     def load_bytes(self, level: str) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cache.disk import DiskStore
+from cache.disk import DiskStore, EventFn
 from cache.manifest import Manifest
 from compressors.model import Checkpoint, torch_dtype
 from compressors.pipeline import compress
@@ -40,8 +40,14 @@ _VERSIONED = ("pressgate", "torch", "transformers", "safetensors")
 _COMPRESSED, _JUDGED = 0.7, 0.85
 
 
-def build(spec: BuildSpec, progress: ProgressFn) -> dict[str, Any]:
+def build(
+    spec: BuildSpec,
+    progress: ProgressFn,
+    on_event: EventFn = lambda _event, _what: None,
+) -> dict[str, Any]:
     """Make the artifact `spec.key` unless it exists, and measure its card.
+
+    `on_event` hears what the disk cache did to make room.
 
     Returns:
         `{"card": {...}}`, JSON-able.
@@ -50,7 +56,7 @@ def build(spec: BuildSpec, progress: ProgressFn) -> dict[str, Any]:
         CompressionError, CacheError: with the layer, file or setting at fault.
     """
     checkpoint = Checkpoint(spec.folder)
-    disk = DiskStore(spec.cache_dir, spec.disk_budget)
+    disk = DiskStore(spec.cache_dir, spec.disk_budget, on_event=on_event)
     if spec.imported:
         dense = imported_weights(spec.folder, torch_dtype(spec.compute_dtype))
     else:

@@ -7,6 +7,7 @@ lends its quality and sizes, not its speed. Torch-free.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import logging
 import os
 import platform
@@ -41,10 +42,12 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def host_name(device: str, threads: int) -> str:
-    """A short fingerprint of what speed depends on: processor model, threads, device."""
-    text = f"{processor_name()}|{os.cpu_count()}|{device}|{threads}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+def conditions(*, device: str, threads: int, dtype: str, eval_text: str) -> str:
+    """A short fingerprint of what a measurement depends on besides the artifact: the processor,
+    its threads, the libraries, the compute type and the digest of the evaluation text."""
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    facts = (processor_name(), os.cpu_count(), device, threads, dtype, eval_text, *versions)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:12]
 
 
 class CardBook:
@@ -86,10 +89,6 @@ class CardBook:
         name = f"{key}-{self._host}"
         self._take(name, card.model_dump(mode="json"))
         await self._documents.put(NAMESPACE, name, card.model_dump(mode="json"))
-
-    async def delete(self, key: str) -> None:
-        for host in list(self._cards.pop(key, {})):
-            await self._documents.delete(NAMESPACE, f"{key}-{host}")
 
     def _changed(self, name: str, document: dict[str, Any] | None) -> None:
         if document is not None:

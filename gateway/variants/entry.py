@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass
 
 from gateway.engine.base import Engine, EngineStats
-from gateway.errors import PressgateError, Unavailable
+from gateway.errors import Overloaded, Unavailable
 from gateway.variants.backend import Backend, LevelSpec
 from gateway.variants.jobs import BuildFailed
 from gateway.variants.variant import LevelFacts, State
@@ -27,8 +27,9 @@ class Variant:
     leases: int = 0
     error: str | None = None
     failed_at: float = 0.0
+    failed_in: State = State.BUILDING  # what was tried when it failed
     last_used: float = 0.0
-    loads: int = 0
+    held: object = None  # keeps the artifact's files from eviction while it is loaded
     loading: asyncio.Task[None] | None = None
     building: asyncio.Task[None] | None = None
     unloading: asyncio.Task[None] | None = None
@@ -38,18 +39,33 @@ class Variant:
     def name(self) -> str:
         return f"{self.backend.model}@{self.spec.level}"
 
+    @property
+    def needs_build(self) -> bool:
+        """Its bytes have to be made before it can be loaded (or are being made)."""
+        failed_build = self.state is State.FAILED and self.failed_in is not State.LOADING
+        return failed_build or self.state in (State.ABSENT, State.BUILDING)
+
+    def drop(self) -> None:
+        """Forget the engine and what it held."""
+        self.engine, self.held, self.resident_bytes = None, None, 0
+
     def facts(self, now: float) -> LevelFacts:
         """What deciders may know of it. A failure is over when it may be tried again."""
-        over = self.state is State.FAILED and now - self.failed_at >= RETRY_FAILED_AFTER
+        state, retry_s = self.state, 0.0
+        if state is State.FAILED:
+            retry_s = max(0.0, RETRY_FAILED_AFTER - (now - self.failed_at))
+            if not retry_s:
+                state = State.STORED if self.failed_in is State.LOADING else State.ABSENT
         return LevelFacts(
             level=self.spec.level,
             family=self.spec.family,
-            state=State.ABSENT if over else self.state,
+            state=state,
             card=self.backend.card(self.spec.level),
             stats=self.engine.stats() if self.engine is not None else _IDLE_STATS,
             leases=self.leases,
             error=self.error,
-            kv_bytes_per_token=self.backend.kv_bytes_per_token,
+            kv_bytes_per_token=self.backend.kv_bytes_per_token(self.spec.level),
+            retry_s=retry_s,
             max_running=self.backend.max_running,
         )
 
@@ -61,7 +77,7 @@ def reraise(task: asyncio.Task[None], name: str) -> None:
     error = task.exception()
     if error is None:
         return
-    if isinstance(error, PressgateError):
+    if isinstance(error, (Overloaded, Unavailable)):
         raise error
     raise Unavailable(
         f"{name} cannot be had: {error}" if isinstance(error, BuildFailed) else f"{name} failed",

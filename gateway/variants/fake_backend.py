@@ -20,13 +20,13 @@ from gateway.variants.jobs import BuildFailed
 
 _DENSE_BYTES = 32_000_000
 _STEPS = 10
+_KV_BYTES = 1024
 
 
 class FakeBackend:
     """`Backend` over `FakeEngine`."""
 
     context_length = 4096
-    kv_bytes_per_token = 1024
     max_running = 64
     default_level = "bf16"
 
@@ -68,6 +68,9 @@ class FakeBackend:
             build_seconds=self._options.build_seconds,
             load_seconds=self._options.load_seconds,
         )
+
+    def kv_bytes_per_token(self, level: str) -> int:
+        return _KV_BYTES
 
     def load_bytes(self, level: str) -> int:
         return self.card(level).resident_bytes

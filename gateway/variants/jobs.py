@@ -139,18 +139,24 @@ class JobBoard:
 
 
 async def run_worker(
-    spec: bytes, *, timeout: float, on_progress: Callable[[float, str], None]
+    spec: bytes,
+    *,
+    timeout: float,
+    on_progress: Callable[[float, str], None],
+    on_event: Callable[[str, str], None] = lambda _event, _what: None,
 ) -> dict[str, object]:
     """Run `python -m gateway.variants.worker` on a JSON spec and return its result object.
 
-    The worker lowers its own priority, limits its threads and dies with this process. Cancelling
-    this coroutine kills it.
+    `on_event` hears of what the worker's disk cache evicted or found damaged. The worker lowers
+    its own priority, limits its threads and dies with this process. Cancelling this coroutine
+    kills it.
 
     Raises:
         BuildFailed: the worker reported an error, died, or ran over `timeout` seconds.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
+        "-P",  # the folder we were started in must not shadow our packages
         "-m",
         "gateway.variants.worker",
         stdin=asyncio.subprocess.PIPE,
@@ -160,7 +166,7 @@ async def run_worker(
     )
     try:
         async with asyncio.timeout(timeout):
-            return await _converse(process, spec, on_progress)
+            return await _converse(process, spec, on_progress, on_event)
     except TimeoutError:
         raise BuildFailed(f"the build ran over {timeout:.0f} s and was stopped") from None
     finally:
@@ -173,6 +179,7 @@ async def _converse(
     process: asyncio.subprocess.Process,
     spec: bytes,
     on_progress: Callable[[float, str], None],
+    on_event: Callable[[str, str], None],
 ) -> dict[str, object]:
     """Send the spec, follow the progress lines, return the result line."""
     assert process.stdin is not None
@@ -187,6 +194,8 @@ async def _converse(
             said = orjson.loads(line)
             if "progress" in said:
                 on_progress(said["progress"], said["message"])
+            elif "event" in said:
+                on_event(said["event"], said["what"])
             else:
                 result = said
         code = await process.wait()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from blake3 import blake3
 
+from cache.disk import Event
 from cache.errors import CacheError
 from cache.keys import variant_key
 from cache.lock import Claim
@@ -57,7 +58,8 @@ class LocalBackend:
         self.model = model.id
         self.default_level = ""
         self.context_length = 0
-        self.kv_bytes_per_token = 0
+        self._kv_elements = 0
+        self._calibration = ""
         self.max_running = shared.settings.engine.max_num_seqs
         self._options = model
         self._shared = shared
@@ -113,7 +115,8 @@ class LocalBackend:
             self.default_level = f"int{self._imported.bits}-gptq-g{group}"
             self._names = ()
         self.context_length = _context_length(text_config)
-        self.kv_bytes_per_token = _kv_bytes(text_config, _ITEM_BYTES[self._compute_dtype("")])
+        self._kv_elements = _kv_elements(text_config)
+        self._calibration = self._calibration_digest()
         names = (self.default_level, *self._names)
         self._recipes = {name: Recipe.parse(name) for name in names}
         self._keys = {name: self._key(recipe) for name, recipe in self._recipes.items()}
@@ -139,7 +142,7 @@ class LocalBackend:
             revision=self._options.revision or "",
             recipe=recipe.name,
             source=self._source,
-            calibration=self._calibration_digest() if recipe.needs_calibration else "",
+            calibration=self._calibration if recipe.needs_calibration else "",
             seed=self._shared.settings.build.seed,
         )
 
@@ -159,6 +162,11 @@ class LocalBackend:
             )
         return self._known_cards[level]
 
+    def kv_bytes_per_token(self, level: str) -> int:
+        if level in self._upstream:
+            return 0
+        return self._kv_elements * _ITEM_BYTES[self._compute_dtype(level)]
+
     def load_bytes(self, level: str) -> int:
         if level in self._upstream:
             return 0
@@ -171,14 +179,21 @@ class LocalBackend:
         if level in self._upstream:
             engine = _upstream_engine(self._upstream[level])
             return Loaded(engine, 0, time.monotonic() - began)
-        weights = await self._weights(level)
-        if weights is None:
-            return None
+        held, weights = None, None
+        if level == self.default_level:
+            weights = await asyncio.to_thread(self._own_weights, level)
+        else:
+            held = await self._shared.store.fetch(self.key(level))
+            if held is None:
+                return None
+            weights = await asyncio.to_thread(self._artifact_weights, level, held)
         runtime = await asyncio.to_thread(self._shared.runtime.get)
         local = await runtime.load(f"{self.model}@{level}", weights, self._native_tokenizer())
-        return Loaded(local, local.resident_bytes, time.monotonic() - began)
+        return Loaded(local, local.resident_bytes, time.monotonic() - began, held)
 
     async def build(self, level: str, on_progress: ProgressFn) -> None:
+        if level in self._upstream:
+            raise BuildFailed(f"{level} lives in another server; there is nothing to build")
         key = self.key(level)
 
         async def made() -> bool | None:
@@ -192,8 +207,7 @@ class LocalBackend:
                 # What another host made is copied and only measured here.
                 await self._shared.store.fetch(key)
             card = await self.measure(level, on_progress)
-            if not claim.still_valid():
-                raise BuildFailed("another gateway took this build over")
+            await claim.check()  # if another gateway took over, its result is the one to use
             if level != self.default_level:
                 await self._shared.store.share(key)
                 await self._shared.store.shared()  # the card tells replicas that it is there
@@ -211,13 +225,20 @@ class LocalBackend:
         Raises:
             BuildFailed.
         """
+        if level in self._upstream:
+            raise BuildFailed(f"{level} lives in another server; there is nothing to build")
         spec = self._spec(level).model_copy(update={"measure_speed": speed})
         result = await run_worker(
             spec.model_dump_json().encode(),
             timeout=self._shared.settings.build.timeout_seconds,
             on_progress=on_progress,
+            on_event=lambda event, what: self._shared.on_event(Event(event), what),
         )
         return Card.model_validate(result["card"])
+
+    async def remember(self, level: str, card: Card) -> None:
+        """Keep a measured card, here and for replicas on hosts like this one."""
+        await self._shared.cards.put(self.key(level), card)
 
     async def export(self, level: str, folder: Path) -> str:
         """Write a stored level as a GPTQ-format checkpoint; returns the folder.
@@ -249,14 +270,6 @@ class LocalBackend:
     def _native_tokenizer(self) -> Tokenizer:
         assert self._tokenizer is not None
         return self._tokenizer
-
-    async def _weights(self, level: str) -> VariantWeights | None:
-        if level == self.default_level:
-            return await asyncio.to_thread(self._own_weights, level)
-        artifact = await self._shared.store.fetch(self.key(level))
-        if artifact is None:
-            return None
-        return await asyncio.to_thread(self._artifact_weights, level, artifact)
 
     # In threads: the first call imports torch's and transformers' model code.
 
@@ -300,7 +313,7 @@ class LocalBackend:
             level=level,
             key="" if level == self.default_level else self.key(level),
             calibration=settings.build.calibration,
-            calibration_digest=self._calibration_digest(),
+            calibration_digest=self._calibration,
             eval_text=settings.build.eval_text,
             seed=settings.build.seed,
             cache_dir=settings.cache.root,
@@ -319,12 +332,15 @@ class LocalBackend:
         assert self._checkpoint is not None
         recipe = self._recipes[level]
         expected = estimate(recipe, linear_share=self._linear_share)
-        ratio = 1.0 if self._imported is not None else expected.size_ratio
+        # The estimate is against 16-bit weights.
+        ratio = expected.size_ratio * 2 / _ITEM_BYTES[self._native]
+        if self._imported is not None:
+            ratio = 1.0
         size = int(self._checkpoint.total_bytes * ratio)
         facts: dict[str, Any] = {
             "stored_bytes": size,
             "resident_bytes": size,
-            "compression_ratio": 1.0 / expected.size_ratio,
+            "compression_ratio": 1.0 / ratio,
             "perplexity_ratio": expected.perplexity_ratio,
             "kl_nats": expected.kl_nats,
             "top1_agreement": expected.top1_agreement,
@@ -361,9 +377,9 @@ def _context_length(config: Any) -> int:
     return 2048
 
 
-def _kv_bytes(config: Any, item_bytes: int) -> int:
-    """Bytes of keys and values one token keeps over all layers."""
+def _kv_elements(config: Any) -> int:
+    """Numbers that one token keeps as keys and values over all layers."""
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * config.num_hidden_layers * kv_heads * head_dim * item_bytes)
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim)

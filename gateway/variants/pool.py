@@ -150,6 +150,8 @@ class VariantPool:
             levels=tuple(levels),
             memory_budget=self._budget,
             memory_used=self.memory_used(),
+            weight_budget=self._budget - self._kv_budget,
+            weight_used=self._weight_bytes(),
             building=sum(1 for v in self._all() if v.state is State.BUILDING),
             host_running=sum(stats.running for stats in everyone),
             host_waiting_prompt_tokens=sum(stats.waiting_prompt_tokens for stats in everyone),
@@ -176,7 +178,7 @@ class VariantPool:
         try:
             yield engine
         except EngineFailed as error:
-            self._fail(variant, f"engine failed: {error}")
+            self._fail(variant, engine, f"engine failed: {error}")
             raise
         finally:
             variant.leases -= 1
@@ -191,7 +193,7 @@ class VariantPool:
             Overloaded: too many builds.
         """
         variant = self._variant(model, level)
-        if variant.state not in (State.ABSENT, State.FAILED, State.BUILDING):
+        if not variant.needs_build:
             raise Conflict(f"{variant.name} is {variant.state} already", param="level")
         self._ensure_build(variant, reason)
         assert variant.job_id is not None
@@ -220,12 +222,8 @@ class VariantPool:
             raise Conflict(f"{variant.name} serves {variant.leases} requests now", param="level")
         if variant.state in (State.BUILDING, State.LOADING, State.DRAINING):
             raise Conflict(f"{variant.name} is {variant.state} now", param="level")
-        if variant.engine is not None:
-            await self._unload(variant)
-        if delete:
-            await variant.backend.delete(level)
-            stored = await variant.backend.stored(level)
-            variant.state = State.STORED if stored else State.ABSENT
+        if variant.engine is not None or delete:
+            await self._unload(variant, delete=delete)
 
     def learned(self, model: str, levels: Iterable[str]) -> None:
         """Another replica made these levels: they can be loaded from the shared cache."""
@@ -299,10 +297,10 @@ class VariantPool:
                     f"{variant.name} failed: {variant.error}",
                     retry_after=RETRY_FAILED_AFTER - waited,
                 )
-        if variant.state in (State.ABSENT, State.FAILED, State.BUILDING):
-            return self._ensure_build(variant, "requested")
         if variant.unloading is not None:
             return variant.unloading
+        if variant.needs_build:
+            return self._ensure_build(variant, "requested")
         if variant.loading is None:
             variant.state = State.LOADING
             variant.loading = asyncio.create_task(self._load(variant), name=f"load {variant.name}")
@@ -317,6 +315,8 @@ class VariantPool:
 
     def _ensure_build(self, variant: Variant, reason: str) -> asyncio.Task[None]:
         if variant.building is None:
+            if self._closing:
+                raise Unavailable("the gateway is shutting down", retry_after=5.0)
             job = self._board.open(variant.backend.model, variant.spec.level)
             log.info("building %s (%s)", variant.name, reason)
             variant.state, variant.job_id, variant.error = State.BUILDING, job.id, None
@@ -364,7 +364,8 @@ class VariantPool:
                 lambda share, message: self._board.progress(job.id, share, message),
             )
             state = JobState.DONE
-        except BuildFailed as failure:
+        except Exception as failure:
+            # Whatever it was, the level serves on; its card stays an estimate.
             state, error = JobState.FAILED, str(failure)
             log.warning("measuring %s failed: %s", variant.name, failure)
         finally:
@@ -382,6 +383,7 @@ class VariantPool:
                 variant.state = State.ABSENT
                 return
             variant.engine, variant.resident_bytes = loaded.engine, loaded.resident_bytes
+            variant.held = loaded.held
             variant.last_used = self._clock()
             variant.state = State.READY
             self._on_load(variant.backend.model, variant.spec.level, loaded.load_seconds)
@@ -407,6 +409,9 @@ class VariantPool:
             Overloaded: what stays is leased and leaves no room.
         """
         room = self._budget - self._kv_budget
+        staying = sum(other.resident_bytes for other in self._all() if other.leases)
+        if staying + variant.resident_bytes > room:
+            raise self._no_room(variant, room)  # before anything is unloaded in vain
         while self._weight_bytes() > room:
             idle = [
                 other
@@ -414,37 +419,47 @@ class VariantPool:
                 if other.state is State.READY and not other.leases and other is not variant
             ]
             if not idle:
-                raise Overloaded(
-                    f"{variant.name} needs {variant.resident_bytes / 1e6:.0f} MB; "
-                    f"only {room / 1e6:.0f} MB are for weights and other levels are in use",
-                    code="out_of_memory",
-                    retry_after=2.0,
-                )
+                raise self._no_room(variant, room)
             await self._unload(min(idle, key=lambda other: other.last_used))
 
-    async def _unload(self, variant: Variant) -> None:
+    @staticmethod
+    def _no_room(variant: Variant, room: int) -> Overloaded:
+        return Overloaded(
+            f"{variant.name} needs {variant.resident_bytes / 1e6:.0f} MB of the "
+            f"{room / 1e6:.0f} MB for weights, and levels in use leave less",
+            code="out_of_memory",
+            retry_after=2.0,
+        )
+
+    async def _unload(self, variant: Variant, *, delete: bool = False) -> None:
         """Free an unleased engine; whoever wants the level meanwhile waits for the task."""
         variant.state = State.DRAINING
-        variant.unloading = asyncio.create_task(self._drain(variant))
+        variant.unloading = asyncio.create_task(self._drain(variant, delete))
         await asyncio.shield(variant.unloading)
 
-    async def _drain(self, variant: Variant) -> None:
-        assert variant.engine is not None
+    async def _drain(self, variant: Variant, delete: bool) -> None:
+        stored = True
         try:
-            await variant.engine.close()
+            if variant.engine is not None:
+                await variant.engine.close()
+            if delete:
+                await variant.backend.delete(variant.spec.level)
+                stored = await variant.backend.stored(variant.spec.level)
         finally:
-            variant.engine, variant.unloading = None, None
-            variant.resident_bytes, variant.state = 0, State.STORED
+            variant.drop()
+            variant.unloading = None
+            variant.state = State.STORED if stored else State.ABSENT
 
-    def _fail(self, variant: Variant, why: str) -> None:
+    def _fail(self, variant: Variant, engine: Engine, why: str) -> None:
         """An engine died under a request: drop it; the next request loads it afresh."""
-        if variant.engine is None:
-            return
+        if variant.engine is not engine:
+            return  # another request saw it first, and a new engine may serve already
         log.error("%s: %s", variant.name, why)
-        engine, variant.engine = variant.engine, None
-        variant.resident_bytes, variant.state, variant.error = 0, State.STORED, why
+        variant.drop()
+        variant.state, variant.error = State.STORED, why
         closing = asyncio.get_running_loop().create_task(engine.close())
         closing.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def _mark_failed(self, variant: Variant, why: str) -> None:
+        variant.failed_in = variant.state
         variant.state, variant.error, variant.failed_at = State.FAILED, why, self._clock()

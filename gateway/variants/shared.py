@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from cache.disk import EventFn
 from cache.single_flight import SingleFlight
 from cache.tiered import ArtifactStore
 from gateway.config import Settings
@@ -43,7 +44,7 @@ class Runtime:
     def get(self) -> LocalRuntime:
         from gateway.engine.local import LocalOptions, LocalRuntime
 
-        if self._runtime is None:
+        if self._runtime is None or not self._runtime.alive:
             engine = self._settings.engine
             self._runtime = LocalRuntime(
                 LocalOptions(
@@ -73,3 +74,4 @@ class Shared:
     flight: SingleFlight
     cards: CardBook
     runtime: Runtime
+    on_event: EventFn  # what workers' disk caches evicted or found damaged

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from blake3 import blake3
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from compressors.base import CompressionError
 from compressors.calibration import Calibration, default_calibration, from_file
 from compressors.model import Checkpoint
 from gateway.engine.tokenizer import load_tokenizer
@@ -35,6 +37,8 @@ def calibration_of(spec: BuildSpec, checkpoint: Checkpoint) -> Calibration:
     tokenize = load_tokenizer(spec.folder).encode
     length = min(LENGTH, context_length(checkpoint, LENGTH))
     if spec.calibration is not None:
+        if blake3(spec.calibration.read_bytes()).hexdigest() != spec.calibration_digest:
+            raise CompressionError(f"{spec.calibration} changed since the gateway was started")
         return from_file(spec.calibration, tokenize, length=length)
 
     def make() -> Tensor:

@@ -40,7 +40,7 @@ def main() -> int:
     from gateway.variants.build import build
 
     try:
-        say(build(spec, progress))
+        say(build(spec, progress, lambda event, what: say({"event": event, "what": what})))
     except (CompressionError, CacheError, OSError, MemoryError, ValueError) as error:
         logging.getLogger(__name__).exception("build of %s", spec.level)
         say({"error": f"{type(error).__name__}: {error}"})

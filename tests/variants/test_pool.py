@@ -209,3 +209,59 @@ async def test_closing_in_the_middle_of_a_build_leaves_nothing_running() -> None
     with pytest.raises(Unavailable):
         await waiting
     assert pool.jobs()[0].state is JobState.CANCELLED
+
+
+async def test_two_requests_on_a_dead_engine_drop_it_once(pool: VariantPool) -> None:
+    failing = asyncio.Event()
+
+    async def fails_late() -> None:
+        async with pool.lease("fake", "bf16", wait_s=5):
+            await failing.wait()
+            raise EngineFailed("seen late")
+
+    late = asyncio.create_task(fails_late())
+    await asyncio.sleep(0)
+    with pytest.raises(EngineFailed):
+        async with pool.lease("fake", "bf16", wait_s=5) as first:
+            raise EngineFailed("worker gone")
+    async with pool.lease("fake", "bf16", wait_s=5) as second:
+        assert second is not first
+    failing.set()
+    with pytest.raises(EngineFailed):
+        await late
+    async with pool.lease("fake", "bf16", wait_s=5) as still:
+        assert still is second
+
+
+async def test_deleting_a_level_while_it_is_wanted_leaves_one_engine(pool: VariantPool) -> None:
+    await pool.warm("fake", "int8")
+    evicting = asyncio.create_task(pool.evict("fake", "int8", delete=True))
+    await asyncio.sleep(0)
+    async with pool.lease("fake", "int8", wait_s=5) as engine:
+        await evicting
+        assert state(pool, "int8") is State.READY
+        async with pool.lease("fake", "int8", wait_s=5) as same:
+            assert same is engine
+
+
+async def test_what_cannot_fit_unloads_nobody() -> None:
+    pool = await open_pool(budget=int(DENSE * 1.6))
+    await pool.warm("fake", "int8")
+    async with pool.lease("fake", "bf16", wait_s=5):
+        with pytest.raises(Overloaded):
+            await pool.warm("fake", "depth-75")
+    assert state(pool, "int8") is State.READY
+    await pool.close()
+
+
+async def test_kv_is_kept_apart_from_weights() -> None:
+    backend = FakeBackend(Model(id="fake", fake=FakeModel()), LEVELS)
+    pool = VariantPool([backend], memory_budget=DENSE, max_jobs=2, kv_budget=DENSE // 4)
+    await pool.open()
+    with pytest.raises(Overloaded):
+        await pool.load_defaults()
+    assert not pool.ready
+    assert pool.snapshot("fake").weight_budget == DENSE - DENSE // 4
+    await pool.warm("fake", "int8")
+    assert pool.snapshot("fake").weight_used > 0
+    await pool.close()
