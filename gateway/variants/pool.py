@@ -383,7 +383,7 @@ class VariantPool:
                 variant.state = State.ABSENT
                 return
             variant.engine, variant.resident_bytes = loaded.engine, loaded.resident_bytes
-            variant.held = loaded.held
+            variant.held, variant.error = loaded.held, None
             variant.last_used = self._clock()
             variant.state = State.READY
             self._on_load(variant.backend.model, variant.spec.level, loaded.load_seconds)
