@@ -69,6 +69,20 @@ class Case:
         """Options that keep the hard bounds."""
         return [o for o in self.options if not o.barrier and not HARD & o.broken.keys()]
 
+    def failed(self) -> list[Option]:
+        """Failed options that a refusal is to be blamed on: but for the failure they would keep what
+        has to be kept (`nearest`: the hard bounds), or nothing else can be used at all."""
+        failed = [option for option in self.options if option.barrier == "failed"]
+        if all(option.barrier for option in self.options):
+            return failed
+        needed = HARD if self.on_miss == "nearest" else frozenset(dict(self.bounds))
+        return [
+            option
+            for option in failed
+            if not needed
+            & excess(self.bounds, costs(option.facts, option.predicted.warmed())).keys()
+        ]
+
     def seconds(self, option: Option) -> float:
         return prepare_seconds(option.facts, self.snapshot)
 

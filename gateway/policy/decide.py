@@ -6,7 +6,8 @@ host memory, may not be built), and needs no build; loading counts in its times.
 when all that holds once it is in memory. "Best" is the objective's order.
 
     1. Pinned level: that level or nothing; bounds only report.
-       1a. not in the ladder, not among the policy's levels, failed, too large: reject.
+       1a. not in the ladder, not among the policy's levels, too large: reject. Failed: reject,
+           retry when it is tried again.
        1b. loadable: serve it.
        1c. being unloaded: reject, retry soon.
        1d. to be built: wait for it, or reject when the policy says so or the build is too long.
@@ -23,7 +24,9 @@ when all that holds once it is in memory. "Best" is the objective's order.
     7. Reject.
        7a. a level would fit and is being prepared, or preparing it pays: retry when it is ready.
        7b. a level would fit if the host were less busy: retry then.
-       7c. no level can keep the budget: say which budget could be met.
+       7c. only a failure stands in the way: no level is usable but for failed ones, or a failed one
+           would keep what must be kept. Retry when it is tried again.
+       7d. no level can keep the budget: say which budget could be met.
 
 Preparing *pays* when expected_requests × gain > seconds of preparing. The gain per request is its
 predicted duration times the relative improvement of the objective, or its whole duration when its
@@ -87,7 +90,8 @@ def _pinned(case: Case, level: str) -> Decision:
         return case.reject("unknown_level", f"{level} is not in the ladder ({known}).")  # (1a)
     if option.barrier in REFUSED_PINS:
         reason = sentences.refused(option, case.policy.name)
-        return case.reject(REFUSED_PINS[option.barrier], reason)  # (1a)
+        retry = _tried_again_in(option) if option.barrier == "failed" else None
+        return case.reject(REFUSED_PINS[option.barrier], reason, retry=retry)  # (1a)
     if option.facts.loadable:
         return case.serve(option, "pinned")  # (1b); the pool makes room or refuses
     if option.barrier == "draining":
@@ -123,19 +127,27 @@ def _reject(case: Case, target: Option | None) -> Decision:
     retry = _calm_in(case)
     if retry is not None:
         return case.reject("busy", sentences.busy(case.options, retry), retry=retry)  # (7b)
+    failed = min(case.failed(), key=_tried_again_in, default=None)
+    if failed is not None:
+        retry = _tried_again_in(failed)
+        return case.reject("failed", sentences.failure(failed, retry), retry=retry)  # (7c)
     if target is not None:
         expected = case.policy.expected_requests
         return case.reject(
             "unmet", sentences.unpaid(target, case.seconds(target), expected)
-        )  # (7c)
+        )  # (7d)
     near = case.nearest(option for option in case.options if not option.barrier)
-    return case.reject("unmet", sentences.unmet(near, len(case.options), case.bounds))  # (7c)
+    return case.reject("unmet", sentences.unmet(near, len(case.options), case.bounds))  # (7d)
 
 
 def _to_build(case: Case, option: Option) -> Decision:
     seconds = max(RETRY_SECONDS[0], case.seconds(option))
     reason = sentences.to_build(option, seconds)
     return case.reject("building", reason, retry=seconds, prepare=option)
+
+
+def _tried_again_in(failed: Option) -> float:
+    return max(RETRY_SECONDS[0], failed.facts.retry_s)
 
 
 def _calm_in(case: Case) -> float | None:

@@ -74,6 +74,14 @@ def busy(options: Sequence[Option], retry: float) -> str:
     )
 
 
+def failure(option: Option, retry: float) -> str:
+    """Why nothing serves when the failure of `option` is to blame."""
+    return (
+        f"No usable level keeps the budget, and {option.level} {_failed(option)}; "
+        f"it may be tried again in about {_seconds(retry)}."
+    )
+
+
 def unpaid(target: Option, seconds: float, expected: int) -> str:
     how = "building" if needs_build(target.facts) else "loading"
     return (

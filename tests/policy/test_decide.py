@@ -319,6 +319,52 @@ def test_failed_levels_are_not_candidates() -> None:
     assert {v.level: v.why for v in decision.verdicts}["int4"] == "failed: disk full"
 
 
+class TestFailures:
+    """A failure is the server's fault: whoever it keeps from an answer may come back."""
+
+    def failed(self, **retries: float) -> LadderSnapshot:
+        snapshot = ladder()
+        for level, retry in retries.items():
+            changes = {"state": State.FAILED, "error": "disk full", "retry_s": retry}
+            snapshot = with_level(snapshot, level, **changes)
+        return snapshot
+
+    def test_a_pinned_level_is_tried_again(self) -> None:
+        decision = choose(self.failed(int4=17.5), pin="int4")
+        assert (decision.code, decision.retry_after_s) == ("failed", 17.5)
+
+    def test_there_is_a_date_even_when_the_pool_gives_none(self) -> None:
+        assert choose(self.failed(int4=0.0), pin="int4").retry_after_s == 1.0
+
+    @pytest.mark.parametrize("on_miss", ["wait", "nearest", "reject"])
+    @pytest.mark.parametrize("sla", [{}, {"tpot_ms": 1}, {"max_ppl_ratio": 1.1}])
+    def test_when_only_failed_levels_remain_the_first_to_be_tried_again_sets_the_date(
+        self, on_miss: str, sla: dict[str, float]
+    ) -> None:
+        snapshot = self.failed(fp32=25, bf16=20, int8=9, int4=12, sparse24=30)
+        decision = choose(snapshot, on_miss=on_miss, **sla)
+        assert (decision.action, decision.code) == ("reject", "failed")
+        assert decision.retry_after_s == 9
+        assert "int8 failed: disk full" in decision.reason
+
+    def test_levels_that_the_policy_leaves_out_do_not_remain(self) -> None:
+        policy = Policy(name="p", levels=("int8", "int4"))
+        assert choose(self.failed(int8=8, int4=5), policy).retry_after_s == 5
+
+    @pytest.mark.parametrize("on_miss", ["wait", "nearest", "reject"])
+    def test_when_only_failed_levels_keep_the_quality(self, on_miss: str) -> None:
+        snapshot = self.failed(fp32=25, bf16=20, int8=9)
+        decision = choose(snapshot, max_ppl_ratio=1.0005, on_miss=on_miss)
+        assert (decision.code, decision.retry_after_s) == ("failed", 20)
+
+    def test_a_failed_level_that_would_not_help_is_not_to_blame(self) -> None:
+        decision = choose(self.failed(int4=5), max_ppl_ratio=1.01, tpot_ms=1, on_miss="reject")
+        assert (decision.code, decision.retry_after_s) == ("unmet", None)
+
+    def test_nearest_serves_what_is_there(self) -> None:
+        assert choose(self.failed(int8=5), tpot_ms=7, max_ppl_ratio=1.01).code == "nearest"
+
+
 def test_waiting_predicts_the_wait() -> None:
     decision = choose(ladder(ONLY_DENSE), tpot_ms=7, ttft_ms=300, on_miss="wait")
     assert decision.action == "wait"
