@@ -15,7 +15,8 @@ def policy_for(request: Request, services: Services, caller: Caller, wanted: Wan
     """The policy it names, else the most specific that matches.
 
     Raises:
-        NotFound: no policy of that name. Forbidden: it is reserved for other keys.
+        NotFound: no policy of that name. Forbidden: it is reserved for other keys, or the caller's
+            key is bound to other policies.
     """
     facts = RequestFacts(
         api_key=caller.key, path=request.url.path, model=wanted.model, headers=request.headers

@@ -29,6 +29,10 @@ class Policy(Budget):
 
     The budget fields inherited from `Budget` are outer bounds: a request may tighten them, never
     loosen them. `levels` (empty: all) are the only levels it may use, best liked first on ties.
+    `objective` and `on_miss` are defaults: a request's own replace them, for they say how a level
+    is chosen inside the bounds, not what the bounds are. A caller whose API key `match.api_key` of
+    any policy lists can name only such policies; every other caller may name any policy that is
+    not reserved for keys.
     """
 
     name: Name

@@ -94,15 +94,19 @@ class PolicyStore:
         """The policy of a request: the one it names, else the most specific that matches it, else
         `default`.
 
+        A caller whose key some policy lists may name only policies that list it: an operator who
+        binds a key to bounds must not be escaped by a name. Headers and paths are chosen by the
+        caller, so the policies that match them bind nobody.
+
         Raises:
             NotFound: no policy is called `named`; the message lists those that are.
-            Forbidden: `named` is reserved for other API keys.
+            Forbidden: `named` is reserved for other API keys, or the caller's key is bound to
+                others; the message lists those.
         """
         if named is not None:
             policy = self.get(named)
-            keys = policy.match.api_key
-            if keys and facts.api_key is not None and facts.api_key not in keys:
-                raise Forbidden(f"policy {named!r} is not for this API key", param="sla.policy")
+            if facts.api_key is not None:
+                self._check_key(policy, facts.api_key)
             return policy
         headers = {name.lower(): value for name, value in facts.headers.items()}
         fitting = (policy for policy in self._active.values() if _matches(policy, facts, headers))
@@ -152,6 +156,19 @@ class PolicyStore:
                 )
             await self._persist(self._documents.delete(NAMESPACE, name))
             self._swap({key: value for key, value in self._stored.items() if key != name})
+
+    def _check_key(self, policy: Policy, key: str) -> None:
+        keys = policy.match.api_key
+        if key in keys:
+            return
+        own = sorted(other.name for other in self._active.values() if key in other.match.api_key)
+        if own:
+            raise Forbidden(
+                f"policy {policy.name!r} is not for this API key; it may name: {', '.join(own)}",
+                param="sla.policy",
+            )
+        if keys:
+            raise Forbidden(f"policy {policy.name!r} is not for this API key", param="sla.policy")
 
     async def _persist(self, write: Coroutine[Any, Any, object]) -> None:
         try:

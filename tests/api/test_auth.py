@@ -104,6 +104,16 @@ def test_a_policy_of_another_key_is_refused(locked: httpx.Client) -> None:
     assert locked.post(TEXT, json=ASK, headers=headers).status_code == 403
 
 
+@pytest.mark.parametrize("path", [TEXT, "/v1/explain"])
+def test_a_key_bound_to_a_policy_cannot_name_another(locked: httpx.Client, path: str) -> None:
+    headers = bearer("boss") | {"x-pressgate-policy": "default"}
+    response = locked.post(path, json=ASK, headers=headers)
+    assert response.status_code == 403
+    assert "it may name: gold" in response.json()["error"]["message"]
+    own = bearer("boss") | {"x-pressgate-policy": "gold"}
+    assert locked.post(path, json=ASK, headers=own).status_code == 200
+
+
 def test_web_pages_of_others_cannot_act_on_an_open_gateway(http: httpx.Client) -> None:
     path = "/v1/levels/int8:evict"
     response = http.post(path, headers={"sec-fetch-site": "cross-site"})

@@ -55,7 +55,14 @@ def asked(**changes: Any) -> RequestFacts:
             asked(api_key="team-a", headers={"X-TIER": "gold"}), None, "gold", id="two beat a key"
         ),
         pytest.param(asked(model="docs-17m"), None, "model", id="a model beats a path"),
-        pytest.param(asked(api_key="team-a"), "named-only", "named-only", id="named explicitly"),
+        pytest.param(asked(api_key="team-b"), "named-only", "named-only", id="named explicitly"),
+        pytest.param(asked(api_key="team-a"), "team", "team", id="a bound key names its own"),
+        pytest.param(
+            asked(path="/v1/completions", headers={"x-tier": "gold"}),
+            "named-only",
+            "named-only",
+            id="headers and paths bind nobody",
+        ),
         pytest.param(asked(), "team", "team", id="named, and no keys are in use"),
         pytest.param(asked(), "default", "default", id="default by name"),
     ],
@@ -79,6 +86,27 @@ def test_an_unknown_policy_is_refused_with_the_names_there_are(store: Store) -> 
 def test_a_policy_of_other_keys_cannot_be_taken_by_name(store: Store) -> None:
     with pytest.raises(Forbidden):
         store(TEAM).match(asked(api_key="team-b"), "team")
+
+
+@pytest.mark.parametrize("named", ["named-only", "fast", "default", "other-team"])
+def test_a_bound_key_cannot_escape_by_naming_another_policy(store: Store, named: str) -> None:
+    second = Policy(name="second", match=Match(api_key=("team-a", "team-b"), path="/x"))
+    others = Policy(name="other-team", match=Match(api_key=("team-b",)))
+    policies = store(FAST, TEAM, NAMED, second, others)
+    with pytest.raises(Forbidden, match=r"it may name: second, team$"):
+        policies.match(asked(api_key="team-a"), named)
+    assert policies.match(asked(api_key="team-a"), "second") == second
+
+
+async def test_a_policy_set_over_http_binds_the_keys_it_lists(store: Store) -> None:
+    policies = store(NAMED)
+    caller = asked(api_key="team-a")
+    assert policies.match(caller, "named-only") == NAMED
+    await policies.put(TEAM)
+    with pytest.raises(Forbidden, match="team"):
+        policies.match(caller, "named-only")
+    await policies.delete("team")
+    assert policies.match(caller, "named-only") == NAMED
 
 
 def test_default_always_exists_and_comes_last(store: Store) -> None:
