@@ -133,7 +133,9 @@ class Engine(Protocol):
 
         Raises:
             EngineOverloaded: the engine's waiting queue is full.
-            EngineFailed: the engine died; the sequence is lost, others may be retried.
+            BadPrompt, BadSchema: this request can never be served as it is.
+            SequenceFailed: this sequence is lost; the engine goes on.
+            EngineFailed: the engine is gone, and all its sequences with it.
         """
         ...
 
@@ -153,7 +155,25 @@ class EngineOverloaded(EngineError):
 
 
 class EngineFailed(EngineError):
-    """The engine cannot go on (out of memory, worker died, upstream gone)."""
+    """The engine itself is gone (closed, its thread or worker died, upstream unreachable).
+
+    Whoever holds the engine closes it for everyone: never raise this for one request's fault.
+    """
+
+
+class SequenceFailed(EngineError):
+    """This sequence is lost; the engine goes on."""
+
+
+class BadPrompt(EngineError):
+    """The caller's fault: this engine can never serve the request; the message says why.
+
+    `param` is the field of `/v1/completions` at fault, the prompt unless told otherwise.
+    """
+
+    def __init__(self, message: str, *, param: str = "prompt") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class BadSchema(EngineError):

@@ -7,6 +7,7 @@ split evenly over the distinct layouts of the loaded variants; variants of one l
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from gateway.engine.attention import KVPool, Layout
 from gateway.engine.base import (
+    BadPrompt,
     EngineError,
     EngineFailed,
-    EngineOverloaded,
     EngineStats,
     FinishReason,
     GenerationRequest,
+    SequenceFailed,
     TokenEvent,
     TokenLogprob,
 )
@@ -34,6 +36,8 @@ from gateway.engine.scheduler import Sequence as Tokens
 from gateway.engine.text import TextStream
 from gateway.engine.tokenizer import Tokenizer
 from gateway.errors import ModelError, Unavailable
+
+log = logging.getLogger(__name__)
 
 _POOL_LIVES = 4  # a pool holds at most this many full batches of full contexts (reuse included)
 
@@ -164,7 +168,8 @@ class Core:
         """Queue a request.
 
         Raises:
-            EngineOverloaded: the queue is full, or the prompt can never fit the KV cache.
+            EngineOverloaded: the queue is full.
+            BadPrompt: the prompt can never fit the context or the KV cache.
             EngineFailed: its variant is not loaded.
         """
         variant = self._variants.get(job.seq.variant)
@@ -172,7 +177,7 @@ class Core:
             raise EngineFailed(f"{job.seq.variant} is not loaded")
         room = variant.model.context_length - job.seq.prompt_length
         if room < 1:
-            raise EngineOverloaded(
+            raise BadPrompt(
                 f"the prompt has {job.seq.prompt_length} tokens, the context holds "
                 f"{variant.model.context_length}"
             )
@@ -216,7 +221,8 @@ class Core:
         try:
             return self._run(name, variant)
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-            failure = EngineFailed(f"{name}: {type(error).__name__}: {error}")
+            log.exception("a step of %s failed; its sequences are lost", name)
+            failure = SequenceFailed(f"{name}: {type(error).__name__}: {error}")
             jobs = list(variant.jobs.values())
             for job in jobs:
                 self.cancel(job)
@@ -315,7 +321,7 @@ class Core:
                 continue
             for seq in group.scheduler.replace_pool(self._books(blocks)):
                 job = group.members[seq.variant].jobs.pop(id(seq))
-                events.append((job, EngineFailed("the KV cache shrank below this sequence")))
+                events.append((job, SequenceFailed("the KV cache shrank below this sequence")))
             _release(group)
             group.tensors = KVPool(
                 group.layout, blocks, self._options.block_size, self._options.device

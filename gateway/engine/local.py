@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
 from typing import TypeVar
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from gateway.engine.base import (
+    BadPrompt,
     EngineError,
     EngineFailed,
     EngineStats,
     GenerationRequest,
+    SequenceFailed,
     TokenEvent,
 )
 from gateway.engine.core import Core, Event, Job, LocalOptions
@@ -59,6 +61,11 @@ class LocalRuntime:
     def kv_bytes(self) -> int:
         """Bytes that the KV pools take now."""
         return self._kv_bytes
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine thread still serves; False for good once it has ended or is ending."""
+        return not self._stopping and self._thread.is_alive()
 
     async def load(self, name: str, weights: VariantWeights, tokenizer: Tokenizer) -> LocalEngine:
         """Build a variant and make it ready.
@@ -113,6 +120,10 @@ class LocalRuntime:
                 self._core.submit(job)
             except EngineError as error:
                 self._deliver([(job, error)])
+            except Exception as error:  # one request's trouble must not end the thread
+                log.exception("a request could not be queued")
+                failure = SequenceFailed(f"{type(error).__name__}: {error}")
+                self._deliver([(job, failure)])
 
         self._post(run)
 
@@ -200,11 +211,11 @@ class LocalEngine:
         """Generate; see `Engine.generate`.
 
         Raises:
-            BadSchema: before anything runs.
-            EngineOverloaded, EngineFailed.
+            BadSchema, BadPrompt: before anything runs.
+            EngineOverloaded, SequenceFailed, EngineFailed.
         """
-        if not all(0 <= token < self._vocab_size for token in request.prompt):
-            raise EngineFailed("the prompt has tokens that the model does not know")
+        self._check_tokens("prompt", request.prompt)
+        self._check_tokens("logit_bias", request.sampling.logit_bias)
         schema = request.sampling.json_schema
         matcher = (
             None if schema is None else await asyncio.to_thread(self._grammars.compile, schema)
@@ -226,6 +237,15 @@ class LocalEngine:
         finally:
             if not over:
                 self._runtime._cancel(job)
+
+    def _check_tokens(self, param: str, tokens: Iterable[int]) -> None:
+        """A tokenizer may count more tokens than the model has embeddings for."""
+        for token in tokens:
+            if not 0 <= token < self._vocab_size:
+                raise BadPrompt(
+                    f"token id {token} is outside the model's vocabulary of {self._vocab_size}",
+                    param=param,
+                )
 
     def stats(self) -> EngineStats:
         """As of the last step."""

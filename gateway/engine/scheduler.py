@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
 
-from gateway.engine.base import EngineOverloaded, EngineStats
+from gateway.engine.base import BadPrompt, EngineOverloaded, EngineStats
 from gateway.engine.kv_cache import BlockPool, Key, chain_key, root_key
 
 
@@ -127,18 +127,18 @@ class Scheduler:
         """Queue a new sequence; `max_tokens` is cut to what the pool can ever hold.
 
         Raises:
-            EngineOverloaded: its variant has as many sequences as may run and wait, or the prompt
-                can never fit.
+            BadPrompt: the prompt can never fit.
+            EngineOverloaded: its variant has as many sequences as may run and wait.
         """
         queues = self._queues[seq.variant]
         places = self._limits.max_num_seqs + self._limits.max_waiting
-        if len(queues.running) + len(queues.waiting) >= places:
-            raise EngineOverloaded(f"{len(queues.waiting)} requests are waiting")
         if not self._fit(seq):
-            raise EngineOverloaded(
+            raise BadPrompt(
                 f"a prompt of {seq.prompt_length} tokens does not fit the KV cache "
                 f"({self.capacity} tokens)"
             )
+        if len(queues.running) + len(queues.waiting) >= places:
+            raise EngineOverloaded(f"{len(queues.waiting)} requests are waiting")
         seq.arrival = next(self._arrivals)
         queues.waiting.append(seq)
 

@@ -14,12 +14,14 @@ import httpx
 import orjson
 
 from gateway.engine.base import (
+    BadPrompt,
     EngineFailed,
     EngineOverloaded,
     EngineStats,
     FinishReason,
     GenerationRequest,
     SamplingParams,
+    SequenceFailed,
     TokenEvent,
     TokenLogprob,
 )
@@ -28,6 +30,8 @@ UNKNOWN_TOKEN = -1
 """Id of a token whose text is known and whose id the upstream did not tell."""
 
 _MAX_ERROR = 300
+_CALLER_FAULT = frozenset({400, 422})
+_OURS = frozenset({"model", "stream", "stream_options"})  # fields that no caller decides
 
 
 class UpstreamEngine:
@@ -60,6 +64,14 @@ class UpstreamEngine:
         self._alive: dict[int, list[int]] = {}  # per sequence: prompt tokens unread, tokens left
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[TokenEvent]:
+        """Generate; see `Engine.generate`.
+
+        Raises:
+            BadPrompt: the server calls the request wrong. EngineOverloaded: it says 429 or 503.
+            SequenceFailed: any other bad answer. EngineFailed: closed, or nobody to connect to.
+        """
+        if self._client.is_closed:
+            raise EngineFailed("the engine is closed")
         state = [len(request.prompt), request.sampling.max_tokens]
         self._alive[id(state)] = state
         events = self._scored(request) if request.prompt_logprobs else self._streamed(request)
@@ -69,7 +81,11 @@ class UpstreamEngine:
                 state[1] -= event.token is not None
                 yield event
         except httpx.HTTPError as error:
-            raise EngineFailed(f"upstream: {type(error).__name__}: {error}") from error
+            gone = self._client.is_closed or isinstance(
+                error, httpx.ConnectError | httpx.ConnectTimeout
+            )
+            failure = EngineFailed if gone else SequenceFailed
+            raise failure(f"upstream: {type(error).__name__}: {error}") from error
         finally:
             del self._alive[id(state)]
             await events.aclose()
@@ -101,7 +117,7 @@ class UpstreamEngine:
         async with self._client.stream("POST", "/v1/completions", json=body) as response:
             if response.status_code != 200:
                 await response.aread()
-                _refuse(response)
+                _refuse(response, body)
             async for chunk in _sse(response):
                 usage = chunk.get("usage") or usage
                 for choice in chunk.get("choices") or ():
@@ -110,7 +126,7 @@ class UpstreamEngine:
                         counted += event.token is not None
                         yield event
         if finish is None:
-            raise EngineFailed("upstream ended the stream without a finish_reason")
+            raise SequenceFailed("upstream ended the stream without a finish_reason")
         # A server may put several tokens into one chunk: its own count, sent last, settles it.
         for _ in range(int(usage.get("completion_tokens") or counted) - counted):
             yield TokenEvent(text="", token=UNKNOWN_TOKEN)
@@ -119,23 +135,22 @@ class UpstreamEngine:
 
     async def _scored(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Prompt scores come with `echo`, and all at once."""
-        response = await self._client.post(
-            "/v1/completions", json=self._body(request) | {"echo": True}
-        )
+        body = self._body(request) | {"echo": True}
+        response = await self._client.post("/v1/completions", json=body)
         if response.status_code != 200:
-            _refuse(response)
+            _refuse(response, body)
         try:
             choice = response.json()["choices"][0]
             entries = _logprobs(choice["logprobs"])
         except (ValueError, LookupError, TypeError) as error:
-            raise EngineFailed("upstream answered without echoed logprobs") from error
+            raise SequenceFailed("upstream answered without echoed logprobs") from error
         size = len(request.prompt)
         scored = tuple(
             TokenLogprob(token, entry.text, entry.logprob, entry.top)
             for token, entry in zip(request.prompt, entries[:size], strict=False)
         )
         if len(scored) != size:
-            raise EngineFailed(f"upstream scored {len(scored)} of {size} prompt tokens")
+            raise SequenceFailed(f"upstream scored {len(scored)} of {size} prompt tokens")
         for index, entry in enumerate(entries[size:]):
             yield TokenEvent(
                 text=entry.text,
@@ -191,11 +206,11 @@ async def _sse(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
         try:
             chunk = orjson.loads(data)
         except orjson.JSONDecodeError as error:
-            raise EngineFailed("upstream sent an event that is not JSON") from error
+            raise SequenceFailed("upstream sent an event that is not JSON") from error
         if not isinstance(chunk, dict):
-            raise EngineFailed("upstream sent an event that is not an object")
+            raise SequenceFailed("upstream sent an event that is not an object")
         if error_body := chunk.get("error"):
-            raise EngineFailed(f"upstream: {_message(error_body)}")
+            raise SequenceFailed(f"upstream: {_message(error_body)}")
         yield chunk
 
 
@@ -235,15 +250,25 @@ def _message(body: object) -> str:
     return str(body)[:_MAX_ERROR]
 
 
-def _refuse(response: httpx.Response) -> NoReturn:
-    """
+def _refuse(response: httpx.Response, sent: Mapping[str, Any]) -> NoReturn:
+    """Turn a refusal of the body `sent` into an error.
+
     Raises:
-        EngineOverloaded: the server says 429 or 503. EngineFailed: anything else.
+        EngineOverloaded: the server says 429 or 503. BadPrompt: 400 or 422.
+        SequenceFailed: anything else.
     """
+    param = None
     try:
-        body = response.json()
-        detail = _message(body.get("error", body) if isinstance(body, dict) else body)
+        answer = response.json()
+        error = answer.get("error", answer) if isinstance(answer, dict) else answer
+        detail = _message(error)
+        param = error.get("param") if isinstance(error, dict) else None
     except ValueError:
         detail = response.text[:_MAX_ERROR]
     message = f"upstream answered {response.status_code}: {detail}"
-    raise EngineOverloaded(message) if response.status_code in (429, 503) else EngineFailed(message)
+    if response.status_code in (429, 503):
+        raise EngineOverloaded(message)
+    named = param if isinstance(param, str) and param in sent else "prompt"
+    if response.status_code in _CALLER_FAULT and named not in _OURS:
+        raise BadPrompt(message, param=named)
+    raise SequenceFailed(message)

@@ -6,18 +6,37 @@ import asyncio
 import json
 import threading
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer as Backend
 
-from gateway.engine.base import BadSchema, Engine, EngineFailed, EngineOverloaded, TokenEvent
+from gateway.engine.base import (
+    BadPrompt,
+    BadSchema,
+    Engine,
+    EngineFailed,
+    EngineOverloaded,
+    SequenceFailed,
+    TokenEvent,
+)
+from gateway.engine.core import Core, Job
 from gateway.engine.local import LocalEngine, LocalOptions, LocalRuntime
 from gateway.engine.runner import VariantWeights, build_model, forward_logits
 from gateway.engine.tokenizer import Tokenizer
 from gateway.errors import ModelError, Unavailable
 
-from .conftest import reference_model, reference_tokens, request, text_of, tokens_of, weights_of
+from .conftest import (
+    reference_model,
+    reference_tokens,
+    request,
+    run,
+    text_of,
+    tokens_of,
+    weights_of,
+)
 
 Maker = Callable[[str], Path]
 OPTIONS = LocalOptions(
@@ -205,7 +224,7 @@ async def test_a_failing_step_fails_its_variant_only_and_it_recovers(
     with monkeypatch.context() as patch:
         patch.setattr(runner, "decode", broken)
         healthy = asyncio.create_task(collect(other, [9, 9], 30))
-        with pytest.raises(EngineFailed, match="no memory"):
+        with pytest.raises(SequenceFailed, match="no memory"):
             await collect(engine, [5, 6], 10)
         assert tokens_of(await healthy) == expected
     assert len(await collect(engine, [5, 6], 10)) == 10
@@ -213,10 +232,69 @@ async def test_a_failing_step_fails_its_variant_only_and_it_recovers(
 
 
 async def test_tokens_out_of_the_vocabulary_are_refused(engine: LocalEngine) -> None:
-    with pytest.raises(EngineFailed):
+    with pytest.raises(BadPrompt, match="10000"):
         await collect(engine, [5, 10_000])
-    with pytest.raises(EngineOverloaded):
+    with pytest.raises(BadPrompt) as caught:
+        await collect(engine, [5], logit_bias={10_000: 1.0})
+    assert caught.value.param == "logit_bias"
+    with pytest.raises(BadPrompt, match="300 tokens"):
         await collect(engine, [5] * 300)
+    assert len(await collect(engine, [5], 3)) == 3
+
+
+async def test_a_token_that_only_the_tokenizer_counts_is_refused(
+    runtime: LocalRuntime, checkpoint: Maker, bytes_tokenizer: Tokenizer
+) -> None:
+    backend = Backend.from_str(bytes_tokenizer.backend.to_str())
+    backend.add_special_tokens(["<one-too-many>"])
+    wider = Tokenizer(backend)
+    engine = await runtime.load("wider", weights_of(checkpoint("llama")), wider)
+    foreign = wider.encode("<one-too-many>")
+    assert foreign == [wider.vocab_size - 1]
+    with pytest.raises(BadPrompt, match=str(foreign[0])):
+        await collect(engine, foreign)
+
+
+async def test_an_unexpected_error_while_queueing_loses_that_request_only(
+    runtime: LocalRuntime, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: object) -> None:
+        raise KeyError("books")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime._core, "submit", broken)
+        with pytest.raises(SequenceFailed, match="KeyError"):
+            await collect(engine, [5, 6], 3)
+    assert runtime.alive
+    assert len(await collect(engine, [5, 6], 3)) == 3
+
+
+async def test_a_dead_thread_shows_and_fails_what_runs(
+    runtime: LocalRuntime, engine: LocalEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise KeyError("books")
+
+    assert runtime.alive
+    monkeypatch.setattr(runtime._core, "step", broken)
+    with pytest.raises(EngineFailed):
+        await collect(engine, [5, 6], 3)
+    assert not runtime.alive
+
+
+def test_a_pool_that_shrinks_loses_sequences_and_not_the_engine(
+    checkpoint: Maker, bytes_tokenizer: Tokenizer
+) -> None:
+    core = Core(replace(OPTIONS, kv_bytes=250_000))
+    core.attach("a", build_model(weights_of(checkpoint("llama"))), bytes_tokenizer)
+    large = Job("a", request([5] * 230), bytes_tokenizer)
+    core.submit(large)
+    core.step()
+    lost = core.attach("b", build_model(weights_of(checkpoint("gemma"))), bytes_tokenizer)
+    assert [(job, type(error)) for job, error in lost] == [(large, SequenceFailed)]
+    core.check_integrity()
+    events = run(core, [Job("a", request([5], 3), bytes_tokenizer)])
+    assert len(events[0]) == 3
 
 
 async def test_output_is_cut_at_the_context(engine: LocalEngine) -> None:

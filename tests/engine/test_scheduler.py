@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.engine.base import EngineOverloaded
+from gateway.engine.base import BadPrompt, EngineOverloaded
 from gateway.engine.kv_cache import BlockPool, chain_key, root_key
 from gateway.engine.scheduler import Limits, Plan, Scheduler, Sequence
 
@@ -147,12 +147,14 @@ def test_the_queue_is_bounded() -> None:
 
 
 def test_a_prompt_that_can_never_fit_is_refused_and_output_is_cut() -> None:
-    scheduler = make(blocks=4)
-    with pytest.raises(EngineOverloaded):
+    scheduler = make(blocks=4, max_num_seqs=1, max_waiting=0)
+    with pytest.raises(BadPrompt):
         scheduler.add(seq(16))
     fits = seq(10, 100)
     scheduler.add(fits)
     assert fits.max_tokens == 6
+    with pytest.raises(BadPrompt):  # also while the queue is full: waiting would not help
+        scheduler.add(seq(16))
 
 
 def test_an_older_sequence_of_another_variant_gets_its_blocks() -> None:
@@ -221,10 +223,11 @@ class Life(RuleBasedStateMachine):
         one = seq(tokens, new, variant)
         try:
             self.scheduler.add(one)
+        except BadPrompt:
+            assert len(tokens) >= self.scheduler.capacity
         except EngineOverloaded:
             stats = self.scheduler.stats(variant)
-            full = stats.running + stats.waiting == self.places
-            assert full or len(tokens) >= self.scheduler.capacity
+            assert stats.running + stats.waiting == self.places
         else:
             self.alive.append(one)
 

@@ -15,10 +15,12 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from gateway.engine.base import (
+    BadPrompt,
     EngineFailed,
     EngineOverloaded,
     GenerationRequest,
     SamplingParams,
+    SequenceFailed,
     TokenEvent,
 )
 from gateway.engine.fake import FakeEngine, FakeSpeed, FakeTokenizer
@@ -135,7 +137,7 @@ async def test_a_broken_engine_behind_is_a_failed_engine() -> None:
             gateway.backend.fault = lambda _, done, when=when: (
                 EngineFailed("boom") if done == when else None
             )
-            with pytest.raises((EngineFailed, EngineOverloaded)):
+            with pytest.raises((SequenceFailed, EngineOverloaded)):
                 await collect(engine, request())
         gateway.backend.fault = None
         assert tokens(await collect(engine, request(3))) == 3
@@ -147,6 +149,8 @@ async def test_nobody_listening_is_a_failed_engine() -> None:
     with pytest.raises(EngineFailed, match="ConnectError"):
         await collect(engine, request())
     await engine.close()
+    with pytest.raises(EngineFailed, match="closed"):
+        await collect(engine, request())
 
 
 # -- servers that misbehave ---------------------------------------------------------------------
@@ -183,14 +187,23 @@ LAST = 'data: {"choices":[{"index":0,"text":"","finish_reason":"stop"}]}'
             plain(429, {"error": {"message": "full"}}), EngineOverloaded, "full", id="429"
         ),
         pytest.param(plain(503, {"detail": "soon"}), EngineOverloaded, "soon", id="503"),
-        pytest.param(plain(400, {"error": "no"}), EngineFailed, "no", id="400"),
-        pytest.param(lambda: Response("<html>", 502), EngineFailed, "502", id="proxy-page"),
-        pytest.param(plain(200, {"x": 1}), EngineFailed, "finish_reason", id="not-a-stream"),
-        pytest.param(sse("data: {"), EngineFailed, "not JSON", id="broken-event"),
-        pytest.param(sse("data: []"), EngineFailed, "not an object", id="odd-event"),
-        pytest.param(sse(CHUNK), EngineFailed, "finish_reason", id="cut-off"),
+        pytest.param(plain(400, {"error": "no"}), BadPrompt, "no", id="400"),
+        pytest.param(plain(422, {"detail": "no"}), BadPrompt, "no", id="422"),
+        pytest.param(plain(404, {"error": "no"}), SequenceFailed, "no", id="404"),
+        pytest.param(plain(500, {"error": "no"}), SequenceFailed, "no", id="500"),
         pytest.param(
-            sse(CHUNK, 'data: {"error":{"message":"oom"}}'), EngineFailed, "oom", id="error-event"
+            plain(400, {"error": {"message": "who?", "param": "model"}}),
+            SequenceFailed,
+            "who",
+            id="400-model",
+        ),
+        pytest.param(lambda: Response("<html>", 502), SequenceFailed, "502", id="proxy-page"),
+        pytest.param(plain(200, {"x": 1}), SequenceFailed, "finish_reason", id="not-a-stream"),
+        pytest.param(sse("data: {"), SequenceFailed, "not JSON", id="broken-event"),
+        pytest.param(sse("data: []"), SequenceFailed, "not an object", id="odd-event"),
+        pytest.param(sse(CHUNK), SequenceFailed, "finish_reason", id="cut-off"),
+        pytest.param(
+            sse(CHUNK, 'data: {"error":{"message":"oom"}}'), SequenceFailed, "oom", id="error-event"
         ),
     ],
 )
@@ -202,6 +215,19 @@ async def test_bad_answers(
         with pytest.raises(error, match=says):
             await collect(engine, request())
         assert engine.stats().running == engine.stats().waiting == 0
+        await engine.close()
+
+
+@pytest.mark.parametrize(
+    ("param", "named"), [("min_p", "min_p"), (None, "prompt"), ("zzz", "prompt"), ([], "prompt")]
+)
+async def test_the_field_that_the_server_refuses_is_kept(param: object, named: str) -> None:
+    answer = plain(400, {"error": {"message": "no", "param": param}})
+    with LiveServer(lambda: stand_in(answer)) as server:
+        engine = UpstreamEngine(server.url, MODEL)
+        with pytest.raises(BadPrompt) as caught:
+            await collect(engine, request(min_p=0.1))
+        assert caught.value.param == named
         await engine.close()
 
 
@@ -221,6 +247,6 @@ async def test_scoring_by_a_server_without_logprobs_fails_clearly() -> None:
     answer = plain(200, {"choices": [{"text": "hello", "finish_reason": "length"}]})
     with LiveServer(lambda: stand_in(answer)) as server:
         engine = UpstreamEngine(server.url, MODEL)
-        with pytest.raises(EngineFailed, match="logprobs"):
+        with pytest.raises(SequenceFailed, match="logprobs"):
             await collect(engine, request(score=True, logprobs=0))
         await engine.close()
