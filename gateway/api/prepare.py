@@ -6,7 +6,7 @@ Decides nothing about levels. Long texts are tokenised off the event loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import orjson
@@ -20,7 +20,9 @@ from gateway.engine.base import SamplingParams, TextCodec
 from gateway.errors import InvalidRequest
 from gateway.policy.budget import Budget, Sla
 
-_LONG_TEXT = 4096  # characters; a shorter text is tokenised in less time than a thread switch costs
+# Characters (or token ids) of all prompts together; less is tokenised in about the time that a
+# thread switch costs.
+_LONG_TEXT = 4096
 _COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 _HEADERS = {
     "x-slo-ttft-ms": "ttft_ms",
@@ -176,21 +178,22 @@ async def _tokenise(
         size = sum(len(turn["content"]) for turn in turns)
         ids = tokenizer.chat(turns) if size < _LONG_TEXT else await _off(tokenizer.chat, turns)
         return (_checked(ids, tokenizer, "messages"),)
-    out = []
-    for prompt in body.prompt:
-        out.append(_checked(await _ids(prompt, tokenizer), tokenizer, "prompt"))
-    return tuple(out)
+    size = sum(len(prompt) for prompt in body.prompt)
+    if size < _LONG_TEXT:
+        return _encoded(body.prompt, tokenizer)
+    return await _off(_encoded, body.prompt, tokenizer)
 
 
 _off = asyncio.to_thread
 
 
-async def _ids(prompt: Prompt, tokenizer: TextCodec) -> list[int] | tuple[int, ...]:
-    if isinstance(prompt, tuple):
-        return prompt
-    if len(prompt) < _LONG_TEXT:
-        return tokenizer.encode(prompt)
-    return await _off(tokenizer.encode, prompt)
+def _encoded(prompts: Sequence[Prompt], tokenizer: TextCodec) -> tuple[tuple[int, ...], ...]:
+    return tuple(
+        _checked(
+            prompt if isinstance(prompt, tuple) else tokenizer.encode(prompt), tokenizer, "prompt"
+        )
+        for prompt in prompts
+    )
 
 
 def _checked(ids: list[int] | tuple[int, ...], tokenizer: TextCodec, field: str) -> tuple[int, ...]:
