@@ -20,10 +20,10 @@ from gateway.api.account import Account
 from gateway.api.deps import Services
 from gateway.api.merge import merged
 from gateway.api.prepare import Wanted
-from gateway.api.problems import as_pressgate
+from gateway.api.problems import InternalError, as_pressgate
 from gateway.api.sse import DONE, ChatShape, Choice, Shape, TextShape, error_event
 from gateway.api.stream import Stream
-from gateway.engine.base import GenerationRequest, TokenEvent
+from gateway.engine.base import EngineFailed, GenerationRequest, SequenceFailed, TokenEvent
 from gateway.errors import (
     BudgetUnmet,
     InvalidRequest,
@@ -142,14 +142,22 @@ class GenerationResponse(Response):
         except ClientGone:
             account.code = 499
         except Exception as error:
-            known = as_pressgate(error)
+            known = as_pressgate(error, prompt="messages" if self._wanted.chat else "prompt")
             account.code = known.status
+            self._log(error, known)
             if not self._started:
                 raise known from error
-            log.warning("stream broke off: %s", known.message, exc_info=error)
             await self._send_last(send, error_event(known) + DONE)
         finally:
             account.close()
+
+    def _log(self, error: Exception, known: PressgateError) -> None:
+        """What the caller is not told; once, and with a traceback where the bug is ours."""
+        what = "stream broke off" if self._started else "generation failed"
+        if isinstance(known, InternalError):
+            log.error("%s", what, exc_info=error)
+        elif self._started or isinstance(error, EngineFailed | SequenceFailed):
+            log.warning("%s: %s: %s", what, type(error).__name__, error)
 
     async def _serve(self, send: Send) -> None:
         decision, wait_s = await self._decide()

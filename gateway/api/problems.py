@@ -13,7 +13,13 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
-from gateway.engine.base import BadSchema, EngineError, EngineOverloaded
+from gateway.engine.base import (
+    BadPrompt,
+    BadSchema,
+    EngineError,
+    EngineOverloaded,
+    SequenceFailed,
+)
 from gateway.errors import (
     InvalidRequest,
     NotFound,
@@ -39,7 +45,14 @@ class _Other(PressgateError):
     code = "http_error"
 
 
-INTERNAL = PressgateError("internal error; the gateway's log has the details")
+class InternalError(PressgateError):
+    """A bug of ours. Whoever turns an exception into this one logs it; the caller learns nothing.
+
+    One per failure: an exception that is raised twice grows its traceback and keeps its frames.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("internal error; the gateway's log has the details")
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -51,35 +64,53 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
-def as_pressgate(error: BaseException) -> PressgateError:
-    """What a caller may know about any exception."""
+def as_pressgate(error: BaseException, *, prompt: str = "prompt") -> PressgateError:
+    """What a caller may know about any exception; `prompt` is what the endpoint calls its prompt.
+
+    Logs nothing: see `InternalError`.
+    """
     match error:
         case PressgateError():
             return error
+        case EngineError():
+            return _of_engine(error, prompt)
+        case TimeoutError():
+            return Unavailable("the request ran over its time", code="timeout", retry_after=1.0)
+        case _:
+            return InternalError()
+
+
+def _of_engine(error: EngineError, prompt: str) -> PressgateError:
+    match error:
         case BadSchema():
             return InvalidRequest(str(error), param="response_format")
+        case BadPrompt():
+            param = prompt if error.param == "prompt" else error.param
+            return InvalidRequest(f"{param}: {error}", param=param)
         case EngineOverloaded():
             return Overloaded(str(error), retry_after=1.0)
-        case EngineError():
+        case SequenceFailed():
+            return Unavailable(
+                "this generation was lost; the request may be sent again",
+                code="sequence_failed",
+                retry_after=1.0,
+            )
+        case _:
             return Unavailable(
                 "the engine failed; the request may be sent again",
                 code="engine_failed",
                 retry_after=1.0,
             )
-        case TimeoutError():
-            return Unavailable("the request ran over its time", code="timeout", retry_after=1.0)
-        case _:
-            return INTERNAL
 
 
 def invalid(errors: Sequence[Any], prefix: str = "") -> InvalidRequest:
     """Pydantic's error list as one error that names each field at fault and what is allowed."""
-    parts = []
-    for item in errors[:5]:
-        field = ".".join(str(p) for p in item["loc"] if p not in ("body", "query", "path"))
-        field = prefix + field
-        parts.append(f"{field}: {_reason(item)}" if field else _reason(item))
-    first = parts[0].split(":", 1)[0] if parts and ": " in parts[0] else None
+    fields = [_field(item, prefix) for item in errors[:5]]
+    parts = [
+        f"{field}: {_reason(item)}" if field else _reason(item)
+        for field, item in zip(fields, errors, strict=False)
+    ]
+    first = (fields[0] or "body") if fields else None
     code = "unknown_field" if errors and errors[0]["type"] == "extra_forbidden" else None
     return InvalidRequest("; ".join(parts), param=first, code=code)
 
@@ -104,6 +135,13 @@ def render(error: PressgateError, status: int | None = None) -> Response:
         headers=error.headers(),
         media_type=_JSON,
     )
+
+
+def _field(item: Any, prefix: str) -> str:
+    """Where an item of pydantic's error list is; empty for the body as a whole."""
+    if item["type"] == "json_invalid":  # its place is an offset into text, no field
+        return ""
+    return prefix + ".".join(str(p) for p in item["loc"] if p not in ("body", "query", "path"))
 
 
 def _reason(item: Any) -> str:
@@ -151,4 +189,4 @@ async def _http(request: Request, error: Exception) -> Response:
 
 async def _unexpected(request: Request, error: Exception) -> Response:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return render(INTERNAL)
+    return render(InternalError())

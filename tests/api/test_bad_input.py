@@ -189,7 +189,19 @@ def test_bad_json(http: httpx.Client, path: str, raw: bytes) -> None:
     headers = {"content-type": "application/json"}
     response = http.request(method, path, content=raw, headers=headers)
     assert response.status_code == 400, response.text
-    assert response.json()["error"]["type"] == "invalid_request_error"
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] in (None, "body", "model")
+    assert error["param"] != "model" or raw.startswith(b'{"model"')
+
+
+@pytest.mark.parametrize("raw", [b"{", b'"a: b"'])
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_a_body_at_fault_as_a_whole_is_called_body(
+    http: httpx.Client, path: str, raw: bytes
+) -> None:
+    headers = {"content-type": "application/json"}
+    check(http.post(path, content=raw, headers=headers), 400, "body")
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])

@@ -12,13 +12,14 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.api.problems import as_pressgate
 from gateway.config import Limits
-from gateway.engine.base import EngineFailed, EngineOverloaded
+from gateway.engine.base import BadPrompt, EngineFailed, EngineOverloaded, SequenceFailed
 from gateway.engine.fake import FakeSpeed
 from tests.support.fake_pool import MODEL, Gateway, make_settings
 from tests.support.live import LiveServer
 
-TEXT = "/v1/completions"
+TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 STEP_S = 0.02
 
 
@@ -120,6 +121,8 @@ def events(response: httpx.Response) -> list[Any]:
     ("error", "status", "code"),
     [
         pytest.param(EngineFailed("secret detail"), 503, "engine_failed", id="failed"),
+        pytest.param(SequenceFailed("secret detail"), 503, "sequence_failed", id="lost"),
+        pytest.param(BadPrompt("never fits"), 400, "invalid_value", id="bad-prompt"),
         pytest.param(EngineOverloaded("queue full"), 429, "overloaded", id="overloaded"),
         pytest.param(ValueError("secret detail"), 500, "internal_error", id="bug"),
     ],
@@ -143,6 +146,67 @@ def test_an_engine_error_before_the_first_token_is_a_clean_status(
         gateway.backend.fault = None
         response = httpx.post(f"{server.url}{TEXT}", content=raw, headers=JSON)
         assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "error", "param"),
+    [
+        (TEXT, {"prompt": "x"}, BadPrompt("no"), "prompt"),
+        (CHAT, {"messages": [{"role": "user", "content": "x"}]}, BadPrompt("no"), "messages"),
+        (TEXT, {"prompt": "x"}, BadPrompt("no", param="min_p"), "min_p"),
+    ],
+)
+def test_a_prompt_that_the_engine_refuses_names_the_caller_s_field(
+    path: str, fields: dict[str, Any], error: Exception, param: str
+) -> None:
+    gateway = Gateway()
+    with LiveServer(gateway.open) as server:
+        gateway.backend.fault = lambda _request, _done: error
+        response = httpx.post(f"{server.url}{path}", json={"model": MODEL} | fields)
+        assert response.status_code == 400
+        assert response.json()["error"]["type"] == "invalid_request_error"
+        assert response.json()["error"]["param"] == param
+
+
+def test_a_lost_sequence_leaves_the_engine_to_the_others() -> None:
+    """Another caller's stream goes on through it; a failed engine would have been closed."""
+    gateway = Gateway(speed=FakeSpeed(prefill_tokens_per_s=1e9, tpot_ms=5))
+    with LiveServer(gateway.open) as server, ThreadPoolExecutor(1) as threads:
+        url = f"{server.url}{TEXT}"
+        raw = body(max_tokens=100)
+        other = threads.submit(httpx.post, url, content=raw, headers=JSON, timeout=30)
+        until(lambda: running(gateway) == 1)
+        gateway.backend.fault = lambda request, _: (
+            SequenceFailed("lost") if request.sampling.max_tokens == 7 else None
+        )
+        lost = httpx.post(url, content=body(max_tokens=7), headers=JSON)
+        assert lost.status_code == 503
+        assert other.result().status_code == 200
+        assert other.result().json()["usage"]["completion_tokens"] == 100
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "broken-off"])
+def test_a_bug_is_logged_once_with_its_traceback(
+    caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    gateway = Gateway()
+    with LiveServer(gateway.open) as server:
+        gateway.backend.fault = lambda _, done: (
+            ValueError("secret") if done == (2 if stream else 0) else None
+        )
+        raw = body(stream=stream, max_tokens=5)
+        response = httpx.post(f"{server.url}{TEXT}", content=raw, headers=JSON)
+        assert "secret" not in response.text
+        assert gateway.settles()
+    bugs = [r for r in caplog.records if r.exc_info and isinstance(r.exc_info[1], ValueError)]
+    assert [record.levelname for record in bugs] == ["ERROR"]
+    assert bugs[0].exc_info is not None
+    assert bugs[0].exc_info[2] is not None
+
+
+def test_every_internal_error_is_an_error_of_its_own() -> None:
+    bug = ValueError("secret")
+    assert as_pressgate(bug) is not as_pressgate(bug)
 
 
 @pytest.mark.parametrize("error", [EngineFailed("secret"), ValueError("secret")], ids=repr)
