@@ -70,8 +70,8 @@ class Case:
         return [o for o in self.options if not o.barrier and not HARD & o.broken.keys()]
 
     def failed(self) -> list[Option]:
-        """Failed options that a refusal is to be blamed on: but for the failure they would keep what
-        has to be kept (`nearest`: the hard bounds), or nothing else can be used at all."""
+        """Failed options that a refusal is to be blamed on: but for the failure they would keep
+        what has to be kept (`nearest`: the hard bounds), or nothing else can be used at all."""
         failed = [option for option in self.options if option.barrier == "failed"]
         if all(option.barrier for option in self.options):
             return failed

@@ -325,7 +325,11 @@ class TestFailures:
     def failed(self, **retries: float) -> LadderSnapshot:
         snapshot = ladder()
         for level, retry in retries.items():
-            changes = {"state": State.FAILED, "error": "disk full", "retry_s": retry}
+            changes: dict[str, Any] = {
+                "state": State.FAILED,
+                "error": "disk full",
+                "retry_s": retry,
+            }
             snapshot = with_level(snapshot, level, **changes)
         return snapshot
 
@@ -339,7 +343,7 @@ class TestFailures:
     @pytest.mark.parametrize("on_miss", ["wait", "nearest", "reject"])
     @pytest.mark.parametrize("sla", [{}, {"tpot_ms": 1}, {"max_ppl_ratio": 1.1}])
     def test_when_only_failed_levels_remain_the_first_to_be_tried_again_sets_the_date(
-        self, on_miss: str, sla: dict[str, float]
+        self, on_miss: str, sla: dict[str, Any]
     ) -> None:
         snapshot = self.failed(fp32=25, bf16=20, int8=9, int4=12, sparse24=30)
         decision = choose(snapshot, on_miss=on_miss, **sla)
@@ -420,7 +424,7 @@ class TestHostMemory:
         """fp32 (68 MB) and int8 (20 MB) are on disk, bf16 (34 MB) serves; weights may take 60 MB
         of the 1000 MB of memory, the rest is kept for KV pools."""
         states = {"fp32": STORED, "int8": STORED, "int4": ABSENT, "sparse24": ABSENT}
-        budgets = {"weight_budget": 60 * MB, "weight_used": used * MB}
+        budgets: dict[str, Any] = {"weight_budget": 60 * MB, "weight_used": used * MB}
         return with_level(ladder(states, **budgets), "bf16", **more)
 
     def misses(self, snapshot: LadderSnapshot) -> dict[str, tuple[str, ...]]:
