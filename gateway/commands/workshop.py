@@ -58,7 +58,7 @@ async def snapshot_of(backend: LocalBackend, memory_budget: int) -> LadderSnapsh
                 family=spec.family,
                 state=state,
                 card=backend.card(spec.level),
-                kv_bytes_per_token=backend.kv_bytes_per_token,
+                kv_bytes_per_token=backend.kv_bytes_per_token(spec.level),
                 max_running=backend.max_running,
             )
         )
