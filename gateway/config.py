@@ -5,6 +5,10 @@ Frozen; every default works on a laptop; an unknown key is an error that names i
 
 from __future__ import annotations
 
+import difflib
+import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +26,7 @@ from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     YamlConfigSettingsSource,
 )
 
@@ -43,6 +48,8 @@ DEFAULT_LEVELS = (
 )
 LADDERS = "ladders"  # document namespace of searched ladders, by model id
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_PREFIX = "PRESSGATE_"
+_OTHER_VARIABLES = {"PRESSGATE_API_KEY", "PRESSGATE_NATIVE"}  # read elsewhere, not settings
 
 
 class _Part(BaseModel):
@@ -140,7 +147,7 @@ class Settings(BaseSettings):
     """Everything an operator can set."""
 
     model_config = SettingsConfigDict(
-        env_prefix="PRESSGATE_", env_nested_delimiter="__", frozen=True, extra="forbid"
+        env_prefix=_PREFIX, env_nested_delimiter="__", frozen=True, extra="forbid"
     )
 
     models: Annotated[tuple[Model, ...], Field(min_length=1)] = (Model(id="docs-17m"),)
@@ -191,22 +198,65 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
     """Read the configuration: `flags` over the environment over `file` over the defaults.
 
     Raises:
-        ConfigError: a missing file, bad YAML (with line and column), an unknown key or a bad value;
-            the message names each key at fault.
+        ConfigError: a missing or unreadable file, bad YAML (with line and column), an unknown key
+            or variable or a bad value; the message names each key at fault.
     """
-    if file is not None and not file.is_file():
-        raise ConfigError(f"{file}: no such file", param="config")
 
     class _FromFile(Settings):
         model_config = SettingsConfigDict(yaml_file=file)
 
     try:
+        if file is not None and not file.is_file():
+            raise ConfigError(f"--config: {file}: no such file", param="config")
         settings = _FromFile(**{k: v for k, v in flags.items() if v is not None})
     except ValidationError as error:
+        for item in error.errors():
+            variable = _PREFIX + "__".join(map(str, item["loc"])).upper()
+            if item["type"] == "extra_forbidden" and variable in map(str.upper, os.environ):
+                raise _unknown_variable(variable) from None
         raise ConfigError(_explain(error, file), param=_path(error.errors()[0]["loc"])) from None
+    except OSError as error:
+        raise ConfigError(f"--config: {file}: {error.strerror}", param="config") from None
+    except SettingsError as error:  # a ValueError of its own: only the environment raises it
+        raise _bad_variable(error) from None
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise ConfigError(f"{file}: not valid YAML: {error}", param="config") from None
+    _check_environment(settings)
     return Settings.model_construct(**dict(settings))
+
+
+def _bad_variable(error: SettingsError) -> ConfigError:
+    found = re.search(r'field "(\w+)"', str(error))
+    name = _PREFIX + found[1].upper() if found is not None else _PREFIX + "*"
+    return ConfigError(f"{name}: not valid JSON", param=name)
+
+
+def _check_environment(settings: Settings) -> None:
+    """Pydantic skips variables that no field reads: a misspelt one would be ignored.
+
+    Raises:
+        ConfigError: naming the variable and the nearest valid name.
+    """
+    keys = {u.api_key_env for model in settings.models for u in model.upstream.values()}
+    known = keys | _OTHER_VARIABLES | set(_variables(Settings, _PREFIX))
+    for name in sorted(os.environ):
+        if name.upper().startswith(_PREFIX) and not {name, name.upper()} & known:
+            raise _unknown_variable(name)
+
+
+def _unknown_variable(name: str) -> ConfigError:
+    valid = sorted(_variables(Settings, _PREFIX))
+    near = difflib.get_close_matches(name.upper(), valid, n=1, cutoff=0.0)
+    return ConfigError(f"{name}: no such setting; did you mean {near[0]}?", param=name)
+
+
+def _variables(part: type[BaseModel], prefix: str) -> Iterator[str]:
+    """Environment names of a part's fields and of what is nested in them."""
+    for name, field in part.model_fields.items():
+        kind = field.annotation
+        yield prefix + name.upper()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _variables(kind, f"{prefix}{name.upper()}__")
 
 
 def _path(loc: tuple[int | str, ...]) -> str:
