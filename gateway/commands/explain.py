@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import orjson
 import typer
 from rich.table import Table
 
-from gateway.commands.http import call
+from gateway.commands.http import call, gateway_answers
 from gateway.commands.options import DEFAULT_URL, AsJson, Key, Url
 from gateway.commands.tables import wide_console
+from gateway.errors import InvalidRequest
 
 _Ms = Annotated[float | None, typer.Option(help="Milliseconds.")]
 
@@ -46,8 +48,13 @@ def explain(
         "objective": objective,
         "on_miss": on_miss,
     }
+    for name, value in sla.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidRequest(f"--{name.replace('_', '-')}: {value} is no bound", param=name)
     if model is None:
-        model = call("GET", url, "/v1/models", api_key)["data"][0]["id"]
+        answer = call("GET", url, "/v1/models", api_key)
+        with gateway_answers(url):
+            model = answer["data"][0]["id"]
     body = {
         "model": model,
         "prompt": prompt,
@@ -58,8 +65,10 @@ def explain(
     if as_json:
         typer.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2))
         return
-    wide_console().print(_table(answer))
-    wide_console().print(answer["decision"]["reason"], highlight=False)
+    with gateway_answers(url):
+        table, reason = _table(answer), answer["decision"]["reason"]
+    wide_console().print(table)
+    wide_console().print(reason, highlight=False)
 
 
 def _table(answer: dict[str, Any]) -> Table:

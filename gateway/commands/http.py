@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -15,7 +17,7 @@ def call(method: str, url: str, path: str, key: str | None, body: Any = None) ->
     """The JSON answer of one request (None for an empty answer).
 
     Raises:
-        InvalidRequest: the gateway is not there or refuses; its own words are kept.
+        InvalidRequest: the gateway is not there, is no gateway or refuses; its own words are kept.
     """
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
@@ -25,9 +27,29 @@ def call(method: str, url: str, path: str, key: str | None, body: Any = None) ->
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise InvalidRequest(f"--url: {url} does not answer: {error}", param="url") from None
     if response.is_success:
-        return response.json() if response.content else None
+        try:
+            return response.json() if response.content else None
+        except ValueError:
+            raise _stranger(url) from None
     try:
         message = response.json()["error"]["message"]
     except (ValueError, KeyError, TypeError):
         message = response.text[:300]
     raise InvalidRequest(f"{url} answered {response.status_code}: {message}")
+
+
+@contextmanager
+def gateway_answers(url: str) -> Iterator[None]:
+    """Around reading an answer's fields: another server's JSON lacks them.
+
+    Raises:
+        InvalidRequest: naming `--url`.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise _stranger(url) from None
+
+
+def _stranger(url: str) -> InvalidRequest:
+    return InvalidRequest(f"--url: {url} does not answer as a Pressgate gateway", param="url")

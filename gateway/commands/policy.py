@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import orjson
 import typer
 from rich.table import Table
 
-from gateway.commands.http import call
+from gateway.commands.http import call, gateway_answers
 from gateway.commands.options import DEFAULT_URL, AsJson, Key, Url
 from gateway.commands.tables import wide_console
 from gateway.policy.file import load_policies
@@ -46,7 +46,12 @@ def show(
     if as_json:
         typer.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2))
         return
-    rows = [answer] if name else answer["data"]
+    with gateway_answers(url):
+        table = _table([answer] if name else answer["data"])
+    wide_console().print(table)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
     shown = [key for key in rows[0] if key not in ("name", "match", "object")]
     table = Table()
     for column in ("name", *shown):
@@ -54,4 +59,4 @@ def show(
     for row in rows:
         cells = [row.get(column) for column in shown]
         table.add_row(row["name"], *("–" if c in (None, [], {}) else str(c) for c in cells))
-    wide_console().print(table)
+    return table
