@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
+from compressors.recipe import Recipe, RecipeError
 from gateway.commands.options import (
     AsJson,
     CacheDir,
@@ -67,6 +68,11 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Build one level into the cache, measure its card and print both."""
+    level = level.strip()
+    try:
+        Recipe.parse(level)
+    except RecipeError as error:
+        raise InvalidRequest(f"--level takes one level: {error}", param="level") from None
     settings = settings_of(
         config,
         model=model,
@@ -86,7 +92,13 @@ def compress(
 
 async def _compress(settings: Settings, level: str, export: Path | None) -> dict[str, Any]:
     async with workshop(settings) as backend:
-        family = next(spec.family for spec in backend.ladder() if spec.level == level)
+        families = {spec.level: spec.family for spec in backend.ladder()}
+        if families.get(level, "upstream") == "upstream":
+            own = ", ".join(name for name, kind in families.items() if kind != "upstream")
+            raise InvalidRequest(
+                f"--level: {backend.model} cannot be built as {level}; it has {own}", param="level"
+            )
+        family = families[level]
         with progress_bars() as bars:
             task = bars.add_task(level, total=1.0)
             try:
