@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,6 +70,25 @@ def settings_of(
     if not changes:
         return base
     return load_settings(config, **flags, **changes)
+
+
+def check_output(flag: str, file: Path) -> None:
+    """Long work must not end with a result that cannot be written.
+
+    Raises:
+        InvalidRequest: naming the flag, when `file` cannot be made or written.
+    """
+    target = file.resolve()
+    try:
+        if not target.exists():
+            target.touch()
+            target.unlink()
+        elif target.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        elif not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InvalidRequest(f"{flag}: {file}: {error.strerror}", param=flag) from None
 
 
 def _model_id(model: str) -> str:

@@ -89,9 +89,8 @@ async def _search(
 
     rows: list[tuple[str, str, Card]] = []
     async with workshop(settings) as backend:
-        ladder = sorted(
-            backend.ladder(), key=lambda spec: estimate(Recipe.parse(spec.level)).perplexity_ratio
-        )
+        own = [spec for spec in backend.ladder() if spec.family != "upstream"]
+        ladder = sorted(own, key=lambda spec: estimate(Recipe.parse(spec.level)).perplexity_ratio)
         with progress_bars() as bars:
             for spec in ladder:
                 # An estimate may be off by half of what it says is lost; beyond that, do not try.
@@ -109,6 +108,8 @@ async def _search(
                     continue
                 finally:
                     bars.remove_task(task)
+                if speed:
+                    await backend.remember(spec.level, card)
                 if card.perplexity_ratio <= bound:
                     rows.append((spec.level, spec.family, card))
     chosen = pareto(rows)[::-1]
