@@ -19,7 +19,7 @@ from gateway.commands.options import (
     settings_of,
 )
 from gateway.commands.tables import ladder_table, wide_console
-from gateway.config import Settings
+from gateway.config import Model, Settings
 from gateway.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ async def _serve(settings: Settings) -> None:
         async with open_gateway(settings) as services:
             server = Server(make_app(services), services.pool.close)
             url = _url(settings.host, listener.getsockname()[1])
-            greeting = asyncio.create_task(_greet(server, services.pool, url))
+            greeting = asyncio.create_task(_greet(server, services.pool, url, settings))
             try:
                 await server.serve(sockets=[listener])
             finally:
@@ -101,7 +101,7 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _greet(server: uvicorn.Server, pool: Pool, base: str) -> None:
+async def _greet(server: uvicorn.Server, pool: Pool, base: str, settings: Settings) -> None:
     """Print the ladder, the URLs and a request to paste once the gateway is ready."""
     while not (server.started and pool.ready):  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.02)
@@ -111,13 +111,16 @@ async def _greet(server: uvicorn.Server, pool: Pool, base: str) -> None:
     console.print(f"\n[bold]console[/bold]  {base}/")
     console.print(f"[bold]API[/bold]      {base}/v1      [dim]docs {base}/docs[/dim]")
     console.print(f"[bold]metrics[/bold]  {base}/metrics\n")
-    first = pool.models()[0]
+    console.print(example(settings.models[0], base), markup=False, highlight=False)
+
+
+def example(model: Model, base: str) -> str:
+    """A request to paste. Only of the bundled model is it known which megabytes mean something."""
+    sla = '"max_ppl_ratio": 1.05'
+    if model.path == "builtin":
+        sla = '"memory_mb": 25, "max_ppl_ratio": 1.1, "on_miss": "wait"'
     body = (
-        f'{{"model": "{first}", "prompt": "The function returns", "max_tokens": 32,\n'
-        '       "sla": {"memory_mb": 25, "max_ppl_ratio": 1.1, "on_miss": "wait"}}'
+        f'{{"model": "{model.id}", "prompt": "The function returns", "max_tokens": 32,\n'
+        f'       "sla": {{{sla}}}}}'
     )
-    console.print(
-        f"curl {base}/v1/completions -H 'content-type: application/json' \\\n  -d '{body}'\n",
-        markup=False,
-        highlight=False,
-    )
+    return f"curl {base}/v1/completions -H 'content-type: application/json' \\\n  -d '{body}'\n"
