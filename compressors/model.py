@@ -368,9 +368,8 @@ def decoder_blocks(model: nn.Module) -> Blocks:
     return Blocks(best[1], best[2])
 
 
-def block_share(checkpoint: Checkpoint) -> float:
-    """The share of the model's parameters that its decoder blocks hold, 0..1; no data is read."""
-    model = build_skeleton(checkpoint.config)
+def block_share(model: nn.Module) -> float:
+    """The share of the model's parameters that its decoder blocks hold, 0..1."""
     inside = sum(p.numel() for p in decoder_blocks(model).modules.parameters())
     return inside / max(1, sum(p.numel() for p in model.parameters()))
 

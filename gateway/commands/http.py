@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
-
 from gateway.errors import InvalidRequest
 
 _TIMEOUT_S = 60.0
@@ -19,6 +17,8 @@ def call(method: str, url: str, path: str, key: str | None, body: Any = None) ->
     Raises:
         InvalidRequest: the gateway is not there, is no gateway or refuses; its own words are kept.
     """
+    import httpx  # only these commands need it; `serve` starts without
+
     headers = {"authorization": f"Bearer {key}"} if key else {}
     try:
         response = httpx.request(

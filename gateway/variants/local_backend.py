@@ -23,7 +23,6 @@ from compressors.registry import estimate
 from gateway.config import Model, Upstream
 from gateway.engine.base import TextCodec
 from gateway.engine.tokenizer import Tokenizer, load_tokenizer
-from gateway.engine.upstream import UpstreamEngine
 from gateway.errors import InvalidRequest, ModelError
 from gateway.variants.backend import LevelSpec, Loaded, ProgressFn
 from gateway.variants.card import Card
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from compressors.export.reader import GptqConfig
     from compressors.model import Checkpoint
     from gateway.engine.runner import VariantWeights
+    from gateway.engine.upstream import UpstreamEngine
 
 DEFAULT_TEXT = "default-v1"  # stands for the default calibration text in artifact keys
 _NATIVE_LEVELS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -98,11 +98,12 @@ class LocalBackend:
             self._checkpoint = Checkpoint(self._folder)
             parsed = parse_config(self._checkpoint.config)
             self._tokenizer = load_tokenizer(self._folder)
-            self._linear_share = block_share(self._checkpoint)
+            skeleton = build_skeleton(self._checkpoint.config)
+            self._linear_share = block_share(skeleton)
             self._source = self._checkpoint.source_digest
             self._imported = gptq_config(self._folder)
             if self._imported is None:  # every parameter must be there, in its shape
-                source_names(self._checkpoint, build_skeleton(self._checkpoint.config))
+                source_names(self._checkpoint, skeleton)
         except CompressionError as error:
             raise ModelError(str(error), param="model") from error
         text_config = parsed.get_text_config()
@@ -364,6 +365,8 @@ class LocalBackend:
 
 
 def _upstream_engine(upstream: Upstream) -> UpstreamEngine:
+    from gateway.engine.upstream import UpstreamEngine
+
     key = os.environ.get(upstream.api_key_env) if upstream.api_key_env else None
     return UpstreamEngine(upstream.url, upstream.model, api_key=key)
 
