@@ -12,11 +12,13 @@ Owns the pool's tensors; knows nothing of sequences, schedules or requests.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,7 +57,7 @@ class Layout:
 class KVPool:
     """Key and value tensors of one layout: per layer [num_blocks, block_size, kv_heads, dim].
 
-    Zero-filled: on Linux untouched pages take no memory, and padding never reads a NaN.
+    Zero-filled, because padding must never read a NaN.
     """
 
     def __init__(self, layout: Layout, num_blocks: int, block_size: int, device: str) -> None:
@@ -65,7 +67,12 @@ class KVPool:
 
         def make(heads: int, dim: int) -> Tensor:
             shape = (num_blocks, block_size, heads, dim)
-            return torch.zeros(shape, dtype=layout.dtype, device=device)
+            if device != "cpu":
+                return torch.zeros(shape, dtype=layout.dtype, device=device)
+            # numpy asks the system for zero pages, which cost nothing until they are used;
+            # torch.zeros would write them all: half a second a gigabyte, in the engine's thread.
+            pages = np.zeros(math.prod(shape) * layout.dtype.itemsize, dtype=np.uint8)
+            return torch.from_numpy(pages).view(layout.dtype).view(shape)
 
         self.keys = [make(shape.kv_heads, shape.key_dim) for shape in layout.layers]
         self.values = [make(shape.kv_heads, shape.value_dim) for shape in layout.layers]
