@@ -9,12 +9,12 @@ from gateway.variants.card import Card
 
 
 def pareto(rows: Sequence[tuple[str, str, Card]]) -> list[str]:
-    """Levels that no other level beats in both bytes and perplexity ratio, smallest first."""
+    """Levels that no other level beats in both bytes and quality, smallest first."""
     best: list[str] = []
     lowest = float("inf")
-    for level, _, card in sorted(rows, key=lambda r: (r[2].stored_bytes, r[2].perplexity_ratio)):
-        if card.perplexity_ratio < lowest:
-            lowest = card.perplexity_ratio
+    for level, _, card in sorted(rows, key=lambda r: (r[2].stored_bytes, r[2].loss)):
+        if card.loss < lowest:
+            lowest = card.loss
             best.append(level)
     return best
 

@@ -62,7 +62,7 @@ async def snapshot_of(backend: LocalBackend, memory_budget: int) -> LadderSnapsh
                 max_running=backend.max_running,
             )
         )
-    levels.sort(key=lambda facts: facts.card.perplexity_ratio)
+    levels.sort(key=lambda facts: facts.card.loss)
     return LadderSnapshot(
         model=backend.model,
         levels=tuple(levels),

@@ -44,30 +44,30 @@ class Option:
         return not self.broken and not self.barrier
 
 
-def ppl_ratio(option: Option) -> float:
-    """Perplexity ratio in steps of 0.1 %: closer levels cannot be told apart by the texts at hand,
-    and noise must not send everybody to a slower level."""
-    ratio = option.facts.card.perplexity_ratio
-    return math.inf if math.isnan(ratio) else round(max(1.0, ratio), 3)
+def loss(option: Option) -> float:
+    """`Card.loss` in steps of 0.1 %: closer levels cannot be told apart by the texts at hand, and
+    noise must not send everybody to a slower level."""
+    exact = option.facts.card.loss
+    return exact if math.isinf(exact) else round(exact, 3)
 
 
 def _quality(option: Option) -> Key:
-    return (ppl_ratio(option), option.predicted.latency_ms, option.predicted.memory_mb)
+    return (loss(option), option.predicted.latency_ms, option.predicted.memory_mb)
 
 
 def _latency(option: Option) -> Key:
-    return (option.predicted.latency_ms, ppl_ratio(option), option.predicted.memory_mb)
+    return (option.predicted.latency_ms, loss(option), option.predicted.memory_mb)
 
 
 def _memory(option: Option) -> Key:
-    return (option.predicted.memory_mb, ppl_ratio(option), option.predicted.latency_ms)
+    return (option.predicted.memory_mb, loss(option), option.predicted.latency_ms)
 
 
 def _throughput(option: Option) -> Key:
     rates = option.facts.card.decode_tokens_per_s.values()
     rate = max((rate for rate in rates if rate > 0), default=0.0)
     ms_per_token = 1000.0 / rate if rate else math.inf
-    return (ms_per_token, ppl_ratio(option), option.predicted.latency_ms)
+    return (ms_per_token, loss(option), option.predicted.latency_ms)
 
 
 OBJECTIVES: Final[Mapping[Objective, Callable[[Option], Key]]] = MappingProxyType(

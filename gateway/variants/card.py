@@ -7,10 +7,13 @@ deciders may use it but must say so.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
+
+_MAX_KL = 100.0  # nats; more is ruin all the same
 
 
 class Card(BaseModel):
@@ -33,6 +36,17 @@ class Card(BaseModel):
     speedup: float = 1.0
     build_seconds: float = 0.0
     load_seconds: float = 0.0
+
+    @property
+    def loss(self) -> float:
+        """How much worse than dense, 1.0 is not at all: the larger of the perplexity ratio and
+        exp(KL), which is the ratio to expect on text that the dense model would write itself.
+
+        A ratio on one text may fall below 1 by chance although predictions changed; KL cannot.
+        """
+        if math.isnan(self.perplexity_ratio) or math.isnan(self.kl_nats):
+            return math.inf
+        return max(1.0, self.perplexity_ratio, math.exp(min(self.kl_nats, _MAX_KL)))
 
     def tpot_ms(self, batch: int) -> float:
         """Time per output token (ms) when `batch` sequences decode together.

@@ -143,7 +143,7 @@ class VariantPool:
         backend = self._backend(model)
         now = self._clock()
         levels = [variant.facts(now) for variant in self._variants.get(model, {}).values()]
-        levels.sort(key=lambda facts: (facts.card.perplexity_ratio, -facts.card.resident_bytes))
+        levels.sort(key=lambda facts: (facts.card.loss, -facts.card.resident_bytes))
         everyone = [v.engine.stats() for v in self._all() if v.engine is not None]
         return LadderSnapshot(
             model=backend.model,
