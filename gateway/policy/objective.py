@@ -52,7 +52,9 @@ def loss(option: Option) -> float:
 
 
 def _quality(option: Option) -> Key:
-    return (loss(option), option.predicted.latency_ms, option.predicted.memory_mb)
+    # Of equals the smaller: the momentarily quicker would spread one class of requests over
+    # several levels, which then slow each other down.
+    return (loss(option), option.predicted.memory_mb, option.predicted.latency_ms)
 
 
 def _latency(option: Option) -> Key:
