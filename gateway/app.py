@@ -35,6 +35,7 @@ from gateway.metrics import Metrics, Tier
 from gateway.policy.admission import Admission
 from gateway.policy.predictor import Predictor
 from gateway.policy.store import PolicyStore
+from gateway.quality.shadow import Answer, Score, Shadow
 from gateway.variants.backend import Backend
 from gateway.variants.cards import CardBook, conditions
 from gateway.variants.fake_backend import FakeBackend
@@ -44,6 +45,7 @@ from gateway.variants.shared import Runtime, Shared
 
 log = logging.getLogger(__name__)
 
+_SHADOW_WAIT_S = 60.0
 _RETRY_SECONDS = 30.0
 _USAGE_SECONDS = 10.0  # how often cache sizes are read for the metrics
 
@@ -134,7 +136,8 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
         metrics.watch(pool)
         policy_store = PolicyStore(settings.policies, parts.documents)
         await policy_store.load()
-        for work in (_start_up(pool, settings), _report_usage(parts)):
+        shadow = _shadow(settings, pool, metrics)
+        for work in (_start_up(pool, settings), _report_usage(parts), shadow.run()):
             task = asyncio.create_task(work)
             stack.callback(task.cancel)
         yield Services(
@@ -144,7 +147,21 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
             predictor=Predictor(),
             admission=Admission(settings.limits),
             metrics=metrics,
+            shadow=shadow,
         )
+
+
+def _shadow(settings: Settings, pool: VariantPool, metrics: Metrics) -> Shadow:
+    """Live quality through the pool's dense levels; with rate 0 it never takes an answer."""
+
+    def on_score(answer: Answer, score: Score) -> None:
+        metrics.shadowed(answer.model, answer.level, score.tokens, score.agreeing, score.nll_nats)
+
+    return Shadow(
+        settings.shadow.rate,
+        lambda model: pool.lease(model, pool.default_level(model), wait_s=_SHADOW_WAIT_S),
+        on_score,
+    )
 
 
 def make_app(services: Services) -> FastAPI:

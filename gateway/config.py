@@ -123,6 +123,12 @@ class Build(_Part):
     prebuild: bool = False  # build every missing level of the ladder after start-up
 
 
+class Shadow(_Part):
+    """Live quality: the share of compressed answers that the dense level scores afterwards."""
+
+    rate: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+
 class ApiKey(_Part):
     """A caller's key, stored as the SHA-256 hex digest of the secret."""
 
@@ -161,6 +167,7 @@ class Settings(BaseSettings):
     engine: Engine = Engine()
     build: Build = Build()
     limits: Limits = Limits()
+    shadow: Shadow = Shadow()
     api_keys: tuple[ApiKey, ...] = ()
     levels: tuple[str, ...] | Literal["auto"] = DEFAULT_LEVELS
     policies: tuple[Policy, ...] = BUILTIN_POLICIES

@@ -104,8 +104,19 @@ class Metrics:
             (*_PLACE, "quantity"),
             _ERROR,
         )
+        self._live_quality()
         self._build_work()
         self._cache()
+
+    def _live_quality(self) -> None:
+        self._shadow_requests = self._counter("shadow_requests", "Answers dense scored", _PLACE)
+        self._shadow_tokens = self._counter("shadow_tokens", "Tokens of those answers", _PLACE)
+        self._shadow_agreements = self._counter(
+            "shadow_agreements", "Those tokens that dense would have chosen", _PLACE
+        )
+        self._shadow_nll = self._counter(
+            "shadow_nll_nats", "Their summed negative log-likelihood under dense", _PLACE
+        )
 
     def _build_work(self) -> None:
         self._builds = self._histogram(
@@ -181,6 +192,13 @@ class Metrics:
         if measured_s > 0:
             error = abs(predicted_s - measured_s) / measured_s
             self._error.labels(model, level, quantity).observe(error)
+
+    def shadowed(self, model: str, level: str, tokens: int, agreeing: int, nll: float) -> None:
+        """One answer scored by the dense level."""
+        self._shadow_requests.labels(model, level).inc()
+        self._shadow_tokens.labels(model, level).inc(tokens)
+        self._shadow_agreements.labels(model, level).inc(agreeing)
+        self._shadow_nll.labels(model, level).inc(nll)
 
     # -- builds and cache -------------------------------------------------------------------
 

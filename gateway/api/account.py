@@ -18,6 +18,7 @@ from gateway.metrics import NONE, Finished
 from gateway.policy.budget import Costs, excess
 from gateway.policy.decision import Decision
 from gateway.policy.policy import Policy
+from gateway.quality.shadow import Answer
 from gateway.variants.variant import LadderSnapshot
 
 _HUNG_UP = 499
@@ -132,10 +133,20 @@ class Account:
         )
         if measured is not None and self.code in (200, _HUNG_UP):
             self._teach(measured)
+        if served:
+            self._shadow()
         if served and measured is not None:
             metrics.slo(wanted.model, level, self._policy.name, self._missed(measured))
         elif self.code != _HUNG_UP and decision is not None:
             metrics.slo(wanted.model, level, self._policy.name, ("refused",))
+
+    def _shadow(self) -> None:
+        """Offer the first answer for scoring, unless dense made it itself."""
+        shadow, wanted = self._services.shadow, self._wanted
+        if shadow is None or self.level == self._services.pool.default_level(wanted.model):
+            return
+        tokens = tuple(self.choices[0].ids)
+        shadow.offer(Answer(wanted.model, self.level, wanted.prompts[0], tokens))
 
     def _teach(self, measured: Measured) -> None:
         decision = self._decision

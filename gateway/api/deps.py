@@ -17,6 +17,7 @@ from gateway.metrics import Metrics
 from gateway.policy.admission import Admission
 from gateway.policy.predictor import Predictor
 from gateway.policy.store import PolicyStore
+from gateway.quality.shadow import Shadow
 from gateway.variants.pool import VariantPool
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class Services:
     predictor: Predictor
     admission: Admission
     metrics: Metrics
+    shadow: Shadow | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:

@@ -30,7 +30,7 @@ class Choice:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: Sequence[TokenLogprob] = ()
     finish_reason: str | None = None
-    tokens: int = 0
+    ids: list[int] = field(default_factory=list)
     cached_tokens: int = 0
     first_at: float | None = None
     last_at: float | None = None
@@ -40,7 +40,7 @@ class Choice:
             self.last_at = time.perf_counter()
             if self.first_at is None:
                 self.first_at = self.last_at
-            self.tokens += 1
+            self.ids.append(event.token)
         self.cached_tokens = max(self.cached_tokens, event.cached_tokens)
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = event.prompt_logprobs
@@ -56,8 +56,13 @@ class Choice:
 
     def mute(self) -> None:
         """Forget the one token that was generated only to have the prompt scored."""
-        self.parts, self.logprobs, self.tokens = [], [], 0
+        self.parts, self.logprobs, self.ids = [], [], []
         self.finish_reason = "length"
+
+    @property
+    def tokens(self) -> int:
+        """How many were generated."""
+        return len(self.ids)
 
     @property
     def text(self) -> str:

@@ -30,11 +30,16 @@ from gateway.variants.jobs import BuildFailed
 def levels(
     config: ConfigFile = None,
     model: ModelName = None,
+    calibration: CalibrationFile = None,
+    eval_text: EvalFile = None,
     cache_dir: CacheDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the ladder: every level, whether it exists, and its card."""
-    rows = asyncio.run(_levels(settings_of(config, model=model, cache_dir=cache_dir)))
+    """Show the ladder: every level, whether it exists, and its card for these texts."""
+    settings = settings_of(
+        config, model=model, calibration=calibration, eval_text=eval_text, cache_dir=cache_dir
+    )
+    rows = asyncio.run(_levels(settings))
     if as_json:
         typer.echo(orjson.dumps({"levels": rows}, option=orjson.OPT_INDENT_2))
         return

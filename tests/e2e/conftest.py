@@ -15,7 +15,8 @@ LEVELS = ["fp32", "int8", "int4-rtn-g64", "int4-gptq-g128", "depth-75"]
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GatewayProcess]:
-    with GatewayProcess(tmp_path_factory.mktemp("gateway"), {"levels": LEVELS}) as process:
+    config = {"levels": LEVELS, "shadow": {"rate": 1.0}}
+    with GatewayProcess(tmp_path_factory.mktemp("gateway"), config) as process:
         yield process
 
 

@@ -71,7 +71,7 @@ def test_compress_builds_and_measures_one_level(desk: Desk) -> None:
     assert 1.0 < made["perplexity_ratio"] < 1.3
     assert made["decode_tokens_per_s"].keys() == {"1", "8"}
     assert all(rate > 0 for rate in made["decode_tokens_per_s"].values())
-    rows = facts("levels", "--json", *desk.cache)["levels"]
+    rows = facts("levels", "--json", *desk.cache, *desk.texts)["levels"]
     (row,) = (row for row in rows if row["level"] == "int4-rtn-g64")
     assert row["state"] == "stored"
     assert row["measured"] is True

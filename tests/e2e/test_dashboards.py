@@ -25,6 +25,7 @@ CONFIG = {
     "levels": ["bf16", "int8", "int4-rtn-g64"],
     "memory_budget": "1GiB",
     "threads": 1,
+    "shadow": {"rate": 1.0},
     "policies": [
         {"name": "default"},
         {"name": "strict", "match": {"header": {"x-tier": "strict"}}, "max_ppl_ratio": 1.0001},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 
 import httpx
 import openai
@@ -125,6 +126,19 @@ def test_a_stream_carries_the_decision_at_its_end(gateway: GatewayProcess) -> No
     facts = next(extra["compression"] for extra in extras if extra.get("compression"))
     assert facts["level"]
     assert any(chunk.usage and chunk.usage.completion_tokens <= 12 for chunk in chunks)
+
+
+def test_live_quality_is_scored_by_the_dense_level(gateway: GatewayProcess) -> None:
+    label = r'\{level="int8",model="docs-17m"\}'
+    tokens = rf"pressgate_shadow_tokens_total{label} (\S+)"
+    before = _metric(gateway, tokens)
+    gateway.complete(model="docs-17m@int8", prompt="The handle to the window", max_tokens=32)
+    until = time.monotonic() + 60
+    while _metric(gateway, tokens) < before + 16:
+        assert time.monotonic() < until, "nothing was scored"
+        time.sleep(0.1)
+    agreeing = _metric(gateway, rf"pressgate_shadow_agreements_total{label} (\S+)")
+    assert 0.8 <= agreeing / _metric(gateway, tokens) <= 1.0, "greedy int8 is nearly dense"
 
 
 def test_memory_stays_within_the_budget(gateway: GatewayProcess) -> None:

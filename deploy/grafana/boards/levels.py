@@ -27,6 +27,11 @@ from deploy.grafana.queries import (
 STATES = ("absent", "building", "stored", "loading", "ready", "draining", "failed")
 
 
+def _per_token(metric: str) -> str:
+    tokens = rate("shadow_tokens_total", PLACE, "level")
+    return f"{rate(metric, PLACE, 'level')} / {tokens}"
+
+
 def board() -> models.Dashboard:
     columns = {
         "stored": (card("variant_stored_bytes"), BYTES),
@@ -72,6 +77,25 @@ def board() -> models.Dashboard:
                     "Share of tokens where dense would choose the same.",
                     {"{{level}}": card("variant_top1_agreement")},
                     SHARE,
+                ),
+            ),
+            "Live quality": (
+                lines(
+                    "Agreement with dense",
+                    "Share of answered tokens that dense would have chosen (`shadow.rate`).",
+                    {"{{level}}": _per_token("shadow_agreements_total")},
+                    SHARE,
+                ),
+                lines(
+                    "Surprise of dense",
+                    "Nats per answered token under dense; sampled text costs its entropy.",
+                    {"{{level}}": _per_token("shadow_nll_nats_total")},
+                ),
+                lines(
+                    "Answers scored",
+                    "Per second by level.",
+                    {"{{level}}": rate("shadow_requests_total", PLACE, "level")},
+                    PER_SECOND,
                 ),
             ),
             "In use": (
