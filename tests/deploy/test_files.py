@@ -138,7 +138,8 @@ def test_what_is_copied_makes_a_whole_package(
     (wheel,) = tmp_path.glob("pressgate-*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     tracked = run("git", "ls-files", "gateway", "compressors", "cache", "loadtest").split()
-    development = (".cpp", ".h", ".gitignore", "s/README.md", "t/RESULTS.md")  # notes beside the code stay behind
+    # notes beside the code stay behind
+    development = (".cpp", ".h", ".gitignore", "s/README.md", "t/RESULTS.md")
     sources = {name for name in tracked if not name.endswith(development)}
     assert sources <= packed, sorted(sources - packed)
 
