@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -100,7 +101,7 @@ class Shape(Protocol):
     def whole(self, choices: Sequence[Choice], extra: Mapping[str, Any]) -> bytes: ...
 
 
-class _Base:
+class _Base(ABC):
     """Identity of one answer and the parts that both endpoints share."""
 
     prefix: str
@@ -120,8 +121,9 @@ class _Base:
         before, _, after = chunk.partition(orjson.dumps(marker))
         return before, after
 
+    @abstractmethod
     def _plain(self, index: int, text: str) -> dict[str, Any]:
-        raise NotImplementedError
+        """The choice of a chunk that carries text and nothing else."""
 
     def _chunk(self, choices: list[dict[str, Any]], extra: Mapping[str, Any] | None) -> bytes:
         body = self._head | {"object": self.chunk_object, "choices": choices} | self._tail
