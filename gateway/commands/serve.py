@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 from typing import TYPE_CHECKING, Annotated
@@ -66,6 +67,8 @@ async def _serve(settings: Settings) -> None:
     from gateway.app import make_app, open_gateway
     from gateway.commands.server import Server
 
+    # A fifth of a start would be the collector walking what imports just made; `_greet` ends it.
+    gc.disable()
     # Taken first: a port in use must be said before a model is read.
     with _listen(settings) as listener:
         async with open_gateway(settings) as services:
@@ -105,6 +108,8 @@ async def _greet(server: uvicorn.Server, pool: Pool, base: str, settings: Settin
     """Print the ladder, the URLs and a request to paste once the gateway is ready."""
     while not (server.started and pool.ready):  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.02)
+    gc.freeze()
+    gc.enable()
     console = wide_console()
     for name in pool.models():
         console.print(ladder_table(pool.snapshot(name)))
