@@ -64,7 +64,7 @@ class Bus:
             except (RedisError, OSError) as error:
                 self._link.failed(error)
             except RedisAway:
-                pass
+                pass  # known already: wait for it below
             await asyncio.sleep(0.05)  # a server that accepts and drops must not make us spin
             await self._link.until_up()
 

@@ -116,7 +116,7 @@ class SingleFlight:
             if await claim.confirm():
                 return (made,)
         except ClaimLost:
-            pass
+            pass  # the new holder's result is the one to use
         finally:
             await asyncio.shield(claim.release())
         log.warning("%s: another builder took over; waiting for it", claim.key)

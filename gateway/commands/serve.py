@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from gateway.variants.pool import VariantPool as Pool
 
+_NO_COLLECTOR_S = 15.0
+
 
 def serve(
     config: ConfigFile = None,
@@ -104,10 +106,19 @@ def _url(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _greet(server: uvicorn.Server, pool: Pool, base: str, settings: Settings) -> None:
-    """Print the ladder, the URLs and a request to paste once the gateway is ready."""
+async def _until_ready(server: uvicorn.Server, pool: Pool) -> None:
     while not (server.started and pool.ready):  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.02)
+
+
+async def _greet(server: uvicorn.Server, pool: Pool, base: str, settings: Settings) -> None:
+    """Print the ladder, the URLs and a request to paste once the gateway is ready."""
+    try:
+        async with asyncio.timeout(_NO_COLLECTOR_S):
+            await _until_ready(server, pool)
+    except TimeoutError:  # a model that is slow or never loads must not cost memory for ever
+        gc.enable()
+        await _until_ready(server, pool)
     gc.freeze()
     gc.enable()
     console = wide_console()

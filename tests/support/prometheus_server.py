@@ -17,6 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,8 @@ class PrometheusServer:
             with urllib.request.urlopen(url, timeout=10) as response:  # noqa: S310 - loopback
                 answer = json.load(response)
         except urllib.error.HTTPError as error:
+            if error.code == HTTPStatus.SERVICE_UNAVAILABLE:  # it listens before it is ready
+                raise ConnectionError("Prometheus is starting") from None
             raise AssertionError(f"{parameters}: {error.read().decode()}") from None
         assert answer["status"] == "success", answer
         return answer["data"]
