@@ -44,42 +44,11 @@ def compress_linear(
         solve, statistic = METHODS[step.method].load(), statistics.get(step.method)
         if step.kind == "lowrank":
             form = solve(weight, statistic, rank=rank)
-        elif step.kind == "sparse24":
+        elif step.kind == "sparse":
             form = solve(weight, statistic)
         else:
             form = _quantize(form, weight, step, statistic)
-    return stored_as(form, dtype)
-
-
-def stored_as(form: LinearForm, dtype: torch.dtype) -> LinearForm:
-    """The form on the CPU with every dense part in `dtype`."""
-    if isinstance(form, Dense):
-        return Dense(form.weight.to("cpu", dtype))
-    if isinstance(form, Grouped):
-        codes, scales, zeros = (t.cpu() for t in (form.codes, form.scales, form.zeros))
-        perm = None if form.perm is None else form.perm.cpu()
-        return replace(form, codes=codes, scales=scales, zeros=zeros, perm=perm)
-    if isinstance(form, Sparse24):
-        return Sparse24(stored_as(form.values, dtype), form.index.cpu())
-    if isinstance(form, LowRank):
-        return LowRank(stored_as(form.left, dtype), stored_as(form.right, dtype))
-    raise TypeError(f"unknown form {type(form).__name__}")
-
-
-def form_bytes(form: LinearForm) -> int:
-    """Bytes of the form's facts: codes bit-packed, scales and zeros in 16 bits, 2 bits an index."""
-    if isinstance(form, Dense):
-        return form.weight.numel() * form.weight.element_size()
-    if isinstance(form, Grouped):
-        per_group = 2 if form.symmetric else 4
-        permutation = 0 if form.perm is None else 4 * form.perm.numel()
-        codes = -(-form.codes.numel() * form.bits // 8)
-        return codes + form.scales.numel() * per_group + permutation
-    if isinstance(form, Sparse24):
-        return form_bytes(form.values) + -(-form.index.numel() * 2 // 8)
-    if isinstance(form, LowRank):
-        return form_bytes(form.left) + form_bytes(form.right)
-    raise TypeError(f"unknown form {type(form).__name__}")
+    return form.stored_as(dtype)
 
 
 def _quantize(form: LinearForm, weight: Tensor, step: Step, statistic: Any) -> LinearForm:

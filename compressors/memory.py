@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compressors.apply import form_bytes
 from compressors.model import build_skeleton, set_tensor, weight_of
 from compressors.tensor import LinearForm
 
@@ -49,7 +48,7 @@ class MemorySink:
     def nbytes(self) -> int:
         """Bytes of all pieces, codes bit-packed."""
         plain = sum(t.numel() * t.element_size() for t in self.tensors.values())
-        return plain + sum(form_bytes(form) for form in self.linears.values())
+        return plain + sum(form.nbytes for form in self.linears.values())
 
 
 def materialize(sink: MemorySink, *, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compressors.apply import compress_linear, form_bytes
+from compressors.apply import compress_linear
 from compressors.base import CompressionError, LayerReport, ProgressFn, Report, Sink
 from compressors.calibration import Calibration
 from compressors.model import Checkpoint, set_tensor, torch_dtype, weight_of
@@ -139,8 +139,8 @@ class _Job:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self._cast).removeprefix("torch.")
         self.sink.config(config)
-        for name, stored in plan.source.outside().items():
-            self._pass_through(plan, name, stored)
+        for name in plan.source.outside():
+            self._pass_through(plan, name)
 
     def run(self, plan: Plan, windows: Tensor | None) -> None:
         """Compress and write every block."""
@@ -165,9 +165,9 @@ class _Job:
                         self._plain_linear(plan, row)
                         done.add(f"{row.name}.weight")
             prefix = plan.source.blocks.prefix(index)
-            for name, stored in plan.source.of_block(index).items():
+            for name, full in plan.source.of_block(index).items():
                 if name not in done:
-                    self._pass_through(plan, f"{prefix}.{name}", stored)
+                    self._pass_through(plan, full)
             self.report((index + 1) / len(plan.linears), f"{prefix} done")
 
     def _calibrated_block(
@@ -194,14 +194,14 @@ class _Job:
 
     def _plain_linear(self, plan: Plan, row: LinearPlan) -> None:
         module = plan.source.model.get_submodule(row.module)
-        stored = plan.source.checkpoint.tensor(plan.source.names[f"{row.module}.weight"])
+        stored = plan.source.read(f"{row.module}.weight")
         self._linear(plan, row, weight_of(module, stored).to(self.device), None)
 
     def _linear(
         self, plan: Plan, row: LinearPlan, weight: Tensor, observer: _Observer | None
     ) -> LinearForm:
         start = time.perf_counter()
-        stored = plan.source.checkpoint.tensor(plan.source.names[f"{row.module}.weight"])
+        stored = plan.source.read(f"{row.module}.weight")
         weight = weight.float()
         statistics = observer.statistics if observer else {}
         try:
@@ -214,7 +214,7 @@ class _Job:
                 module=row.module,
                 scheme=form.scheme,
                 bytes_before=stored.numel() * stored.element_size(),
-                bytes_after=form_bytes(form),
+                bytes_after=form.nbytes,
                 relative_error=_relative_error(weight, form, observer),
                 seconds=round(time.perf_counter() - start, 4),
                 note=row.note,
@@ -224,8 +224,8 @@ class _Job:
         self.report(self._done / plan.weights, row.module)
         return form
 
-    def _pass_through(self, plan: Plan, name: str, stored: str) -> None:
-        tensor = plan.source.checkpoint.tensor(stored)
+    def _pass_through(self, plan: Plan, name: str) -> None:
+        tensor = plan.source.read(name)
         if self._cast is not None and tensor.is_floating_point():
             tensor = tensor.to(self._cast)
         self.sink.tensor(name, tensor)

@@ -107,13 +107,17 @@ def keep_blocks(source: Source, kept: tuple[int, ...]) -> tuple[Source, dict[str
     model = build_skeleton(config)
     blocks = decoder_blocks(model)
     old = {i: source.blocks.prefix(i) + "." for i in kept}
-    names: dict[str, str] = dict(source.outside())
+    names = {name: source.names[name] for name in source.outside()}
+    edits = {name: source.edits[name] for name in names if name in source.edits}
     for new_index, old_index in enumerate(kept):
         new = blocks.prefix(new_index) + "."
         for name, stored in source.names.items():
             if name.startswith(old[old_index]):
-                names[new + name.removeprefix(old[old_index])] = stored
-    return Source(source.checkpoint, model, blocks, names), config
+                renamed = new + name.removeprefix(old[old_index])
+                names[renamed] = stored
+                if name in source.edits:
+                    edits[renamed] = source.edits[name]
+    return Source(source.checkpoint, model, blocks, names, edits), config
 
 
 def make_plan(source: Source, config: dict[str, Any], recipe: Recipe) -> Plan:
@@ -146,7 +150,7 @@ def _fit(recipe: Recipe, n: int, k: int) -> tuple[tuple[Step, ...], int, str]:
     for step in recipe.steps:
         if step.kind == "depth":
             continue
-        if step.kind == "sparse24" and k % 4:
+        if step.kind == "sparse" and k % 4:
             notes.append(f"{k} columns are no multiple of 4: not pruned")
             continue
         if step.kind == "lowrank":

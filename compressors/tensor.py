@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -29,9 +29,18 @@ class LinearForm(ABC):
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features) of the layer it stands for."""
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of its facts: codes bit-packed, scales and zeros in 16 bits."""
+
     @abstractmethod
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight it computes with, [N, K], in `dtype`."""
+
+    @abstractmethod
+    def stored_as(self, dtype: torch.dtype) -> LinearForm:
+        """The form on the CPU with every dense part in `dtype`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +54,15 @@ class Dense(LinearForm):
     def shape(self) -> tuple[int, int]:
         return self.weight.shape[0], self.weight.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        return self.weight.numel() * self.weight.element_size()
+
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.weight.to(dtype)
+
+    def stored_as(self, dtype: torch.dtype) -> Dense:
+        return Dense(self.weight.to("cpu", dtype))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +106,18 @@ class Grouped(LinearForm):
         index = self.group_index()
         return (self.scales[:, index] * (self.codes.float() - self.zeros[:, index])).to(dtype)
 
+    @property
+    def nbytes(self) -> int:
+        per_group = 2 if self.symmetric else 4
+        permutation = 0 if self.perm is None else 4 * self.perm.numel()
+        codes = -(-self.codes.numel() * self.bits // 8)
+        return codes + self.scales.numel() * per_group + permutation
+
+    def stored_as(self, dtype: torch.dtype) -> Grouped:
+        codes, scales, zeros = (t.cpu() for t in (self.codes, self.scales, self.zeros))
+        perm = None if self.perm is None else self.perm.cpu()
+        return replace(self, codes=codes, scales=scales, zeros=zeros, perm=perm)
+
 
 @dataclass(frozen=True, eq=False)
 class Sparse24(LinearForm):
@@ -116,6 +144,13 @@ class Sparse24(LinearForm):
         out = torch.zeros(n, half * 2, dtype=dtype, device=self.index.device)
         return out.scatter_(1, base + self.index.long(), self.values.dense(dtype))
 
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + -(-self.index.numel() * 2 // 8)
+
+    def stored_as(self, dtype: torch.dtype) -> Sparse24:
+        return Sparse24(self.values.stored_as(dtype), self.index.cpu())
+
 
 @dataclass(frozen=True, eq=False)
 class LowRank(LinearForm):
@@ -135,6 +170,13 @@ class LowRank(LinearForm):
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return (self.left.dense(torch.float32) @ self.right.dense(torch.float32)).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.left.nbytes + self.right.nbytes
+
+    def stored_as(self, dtype: torch.dtype) -> LowRank:
+        return LowRank(self.left.stored_as(dtype), self.right.stored_as(dtype))
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,22 +40,31 @@ class Source:
 
     Attributes:
         names: parameter name → tensor name in the checkpoint (`model.source_names`).
+        edits: parameter name → what makes it of the checkpoint's tensor, where a step before has
+            cut or changed it; by name of this model.
     """
 
     checkpoint: Checkpoint
     model: nn.Module
     blocks: Blocks
     names: Mapping[str, str]
+    edits: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+
+    def read(self, name: str) -> Tensor:
+        """Parameter `name` as the checkpoint stores it (mapped: do not write to it), edited."""
+        tensor = self.checkpoint.tensor(self.names[name])
+        edit = self.edits.get(name)
+        return tensor if edit is None else edit(tensor)
 
     def of_block(self, index: int) -> dict[str, str]:
-        """Parameter name inside block `index` → tensor name in the checkpoint."""
+        """Parameter name inside block `index` → its full name."""
         prefix = self.blocks.prefix(index) + "."
-        return {n.removeprefix(prefix): s for n, s in self.names.items() if n.startswith(prefix)}
+        return {n.removeprefix(prefix): n for n in self.names if n.startswith(prefix)}
 
-    def outside(self) -> dict[str, str]:
-        """The same for everything that is in no block, by full name."""
+    def outside(self) -> list[str]:
+        """Full names of everything that is in no block."""
         prefix = self.blocks.path + "."
-        return {n: s for n, s in self.names.items() if not n.startswith(prefix)}
+        return [name for name in self.names if not name.startswith(prefix)]
 
 
 @dataclass
@@ -88,8 +97,8 @@ class Walk:
     def load(self, index: int) -> nn.Module:
         """Fill block `index` with the checkpoint's weights and return it."""
         block = self.source.blocks.modules[index]
-        for name, stored in self.source.of_block(index).items():
-            set_tensor(block, name, self._tensor(stored))
+        for name, full in self.source.of_block(index).items():
+            set_tensor(block, name, self._tensor(full))
         return block
 
     def free(self, index: int) -> None:
@@ -162,8 +171,8 @@ class Walk:
             out: Tensor = self.source.model(input_ids=tokens, use_cache=False).logits
         return out
 
-    def _tensor(self, stored: str) -> Tensor:
-        tensor = self.source.checkpoint.tensor(stored)
+    def _tensor(self, name: str) -> Tensor:
+        tensor = self.source.read(name)
         dtype = self.dtype if tensor.is_floating_point() else None
         return tensor.to(device=self.device, dtype=dtype or tensor.dtype)
 
@@ -178,12 +187,12 @@ class Walk:
             for name, _ in module.named_parameters(recurse=False)
         }
         head: nn.Module | None = getattr(model, "get_output_embeddings", lambda: None)()
-        for name, stored in self.source.outside().items():
+        for name in self.source.outside():
             owner = model.get_submodule(name.rpartition(".")[0])
             if name in tables or owner is head:
-                set_tensor(model, name, self.source.checkpoint.tensor(stored).to(self.device))
+                set_tensor(model, name, self.source.read(name).to(self.device))
             else:
-                set_tensor(model, name, self._tensor(stored))
+                set_tensor(model, name, self._tensor(name))
         for name, buffer in list(model.named_buffers()):
             if buffer.device != torch.device(self.device):
                 set_tensor(model, name, buffer.to(self.device))

@@ -8,8 +8,8 @@ from typing import Annotated
 import orjson
 import typer
 
+from compressors.estimate import estimate
 from compressors.recipe import Recipe
-from compressors.registry import estimate
 from gateway.commands.frontier import pareto
 from gateway.commands.options import (
     AsJson,

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+from compressors.estimate import estimate
 from compressors.recipe import Recipe
-from compressors.registry import estimate
 from gateway.config import FakeModel, Model
 from gateway.engine.base import TextCodec
 from gateway.engine.fake import FakeEngine, FakeSpeed, FakeTokenizer

@@ -18,8 +18,8 @@ from cache.disk import Event
 from cache.errors import CacheError
 from cache.keys import variant_key
 from cache.lock import Claim
+from compressors.estimate import estimate
 from compressors.recipe import Recipe
-from compressors.registry import estimate
 from gateway.config import Model, Upstream
 from gateway.engine.base import TextCodec
 from gateway.engine.tokenizer import Tokenizer, load_tokenizer

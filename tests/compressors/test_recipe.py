@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from compressors.estimate import estimate
 from compressors.recipe import BITS, Recipe, RecipeError
-from compressors.registry import METHODS, estimate, variants
+from compressors.registry import METHODS, variants
 
 quantize = st.builds(
     "int{}-{}-g{}".format,
@@ -19,7 +20,7 @@ quantize = st.builds(
     st.sampled_from(["32", "64", "128", "ch"]),
 )
 middle = st.one_of(
-    st.builds("sparse24-{}".format, st.sampled_from(variants("sparse24"))),
+    st.builds("sparse24-{}".format, st.sampled_from(variants("sparse"))),
     st.builds("lowrank-{}".format, st.integers(5, 99)),
 )
 depth = st.builds("depth-{}".format, st.integers(5, 99))
@@ -82,6 +83,8 @@ def test_one_recipe_has_one_name() -> None:
         ("", "known: fp32"),
         ("int5-rtn-g64", "2, 3, 4, 8"),
         ("int4-magic-g64", "rtn, hqq, gptq"),
+        ("int4-hqq-g64-sym", "no option 'sym'"),
+        ("sparse48-wanda", "sparse24-wanda"),
         ("int4-rtn-g7", "multiple of 8"),
         ("int4-rtn-g0", "multiple of 8"),
         ("sparse24-magic", "magnitude, wanda"),
@@ -113,7 +116,7 @@ def test_every_method_is_where_the_table_says() -> None:
 def test_names_cost_no_torch() -> None:
     code = (
         "import sys; from compressors.recipe import Recipe\n"
-        "from compressors.registry import estimate\n"
+        "from compressors.estimate import estimate\n"
         "estimate(Recipe.parse('depth-75+int4-gptq-g128')); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

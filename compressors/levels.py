@@ -1,0 +1,21 @@
+"""The standard benchmark's levels: at least one of every family of the survey. Torch-free."""
+
+from __future__ import annotations
+
+STANDARD = (
+    "fp32",
+    "bf16",
+    "int8",
+    "int4-rtn-g64",
+    "int4-hqq-g64",
+    "int4-gptq-g128",
+    "int3-gptq-g128",
+    "sparse24-magnitude",
+    "sparse24-wanda",
+    "depth-75",
+    "lowrank-80",
+    "depth-75+int8",
+    "depth-75+int4-gptq-g128",
+    "sparse24-wanda+int8",
+    "lowrank-80+int8",
+)

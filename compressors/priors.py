@@ -1,0 +1,63 @@
+"""What each method is expected to cost in quality, before anything was measured. Torch-free.
+
+Priors: perplexity ratio, KL, top-1 agreement. Measured with these methods on a small trained
+Llama (17M parameters, the bundled model; 48 windows of 512 tokens of held-out text), which is the
+hard case: larger models lose less. The order of methods agrees with the published one (GPTQ
+arXiv:2210.17323 table 3, HQQ blog table 1, Wanda arXiv:2306.11695 table 3, SVD-LLM
+arXiv:2403.07378 table 1, ShortGPT arXiv:2403.03853 table 2).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Against the dense model: perplexity ratio, KL (nats), top-1 agreement."""
+
+    perplexity_ratio: float
+    kl_nats: float
+    top1_agreement: float
+
+
+RTN = {
+    8: Quality(1.0004, 0.0004, 0.989),
+    4: Quality(1.055, 0.072, 0.872),
+    3: Quality(1.335, 0.372, 0.717),
+    2: Quality(19.4, 3.19, 0.193),
+}
+HQQ = {
+    8: Quality(1.0004, 0.0004, 0.989),
+    4: Quality(1.043, 0.063, 0.879),
+    3: Quality(1.183, 0.245, 0.770),
+    2: Quality(2.69, 1.196, 0.496),
+}
+GPTQ = {
+    8: Quality(1.0001, 0.0002, 0.993),
+    4: Quality(1.023, 0.043, 0.899),
+    3: Quality(1.115, 0.165, 0.814),
+    2: Quality(1.77, 0.749, 0.605),
+}
+# Symmetric: the range that a zero point would save costs more than GPTQ gains below four bits.
+AUTOGPTQ = {
+    8: Quality(1.0002, 0.0002, 0.992),
+    4: Quality(1.037, 0.063, 0.883),
+    3: Quality(1.269, 0.313, 0.738),
+    2: Quality(9.99, 2.534, 0.287),
+}
+MAGNITUDE = {24: Quality(3.09, 1.343, 0.470)}
+WANDA = {24: Quality(2.30, 1.035, 0.539)}
+DEPTH = {
+    88: Quality(1.243, 0.305, 0.745),
+    75: Quality(1.79, 0.742, 0.606),
+    62: Quality(2.94, 1.306, 0.479),
+    50: Quality(5.33, 1.916, 0.376),
+    25: Quality(23.3, 3.434, 0.200),
+}
+SVD = {
+    90: Quality(1.222, 0.317, 0.746),
+    80: Quality(1.363, 0.461, 0.694),
+    60: Quality(2.09, 0.964, 0.574),
+    40: Quality(5.78, 2.053, 0.400),
+}
