@@ -18,6 +18,7 @@ SCHEMES: dict[str, str] = {
     "grouped": "gateway.engine.kernels.grouped",
     "sparse24": "gateway.engine.kernels.sparse24",
     "lowrank": "gateway.engine.kernels.lowrank",
+    "scaled": "gateway.engine.kernels.scaled",
 }
 
 

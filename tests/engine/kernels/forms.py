@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressors.forms.scaled import Scaled
 from compressors.tensor import Dense, Grouped, LinearForm, LowRank, Sparse24
 
 
@@ -74,5 +75,7 @@ def every(n: int = 33, k: int = 100) -> dict[str, LinearForm]:
         "sparse-int4": sparse((n, k), grouped((n, k // 2), group=32)),
         "lowrank": LowRank(dense((n, 7)), dense((7, k))),
         "lowrank-int8": LowRank(dense((n, 8)), grouped((8, k), bits=8, group=k)),
+        "scaled-fp32": Scaled(dense((n, k), torch.float32), torch.rand(k) + 0.5),
+        "scaled-int4": Scaled(grouped((n, k), group=32, zeros="whole"), torch.rand(k) / 2 + 0.5),
     }
     return forms

@@ -47,7 +47,7 @@ def check(layer: KernelLinear, weight: Tensor, x: Tensor, bias: Tensor | None) -
 
 
 def bias_of(layer: KernelLinear) -> Tensor | None:
-    inner = getattr(layer, "left", layer)
+    inner = getattr(layer, "left", getattr(layer, "form", layer))
     return inner.bias if isinstance(inner, KernelLinear) else None
 
 
