@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compressors import gram
-from compressors.prune.magnitude import columns_of, mask_of
+from compressors.prune.magnitude import mask_of
 from compressors.recipe import Step
 from compressors.registry import METHODS
 from compressors.tensor import Dense, Grouped, LinearForm, LowRank, Sparse24
@@ -62,22 +62,20 @@ def _quantize(form: LinearForm, weight: Tensor, step: Step, statistic: Any) -> L
     assert isinstance(form, Sparse24)
     if statistic is None:
         return replace(form, values=_solve(form.values.dense(), step, None))
-    # Jointly with the pruning: what is dropped is repaired like a rounding error. Two of four
-    # columns stay, so a group of kept values spans twice as many columns.
-    wide = replace(step, group=None if step.group is None else 2 * step.group)
-    full = _solve(weight, wide, statistic, mask=mask_of(form.index))
-    codes = full.codes.gather(1, columns_of(form.index))
-    group = step.group_columns(codes.shape[1])
-    return replace(form, values=Grouped(codes, full.scales, full.zeros, full.bits, group))
+    # Jointly with the pruning: what is dropped is repaired like a rounding error.
+    mask = mask_of(form.index)
+    return replace(form, values=_solve(weight, step, statistic, form.values.shape[1], mask=mask))
 
 
-def _solve(weight: Tensor, step: Step, statistic: Any, **extra: Any) -> Grouped:
+def _solve(
+    weight: Tensor, step: Step, statistic: Any, columns: int | None = None, **extra: Any
+) -> Grouped:
     solve = METHODS[step.method].load()
     form: Grouped = solve(
         weight,
         statistic,
         bits=step.bits,
-        group=step.group_columns(weight.shape[1]),
+        group=step.group_columns(columns or weight.shape[1]),
         symmetric=step.symmetric,
         **extra,
     )

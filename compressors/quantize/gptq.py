@@ -44,23 +44,24 @@ def solve(
         group: columns per grid; the last group may be short.
         search: fit each grid's range to its weights; else it spans them, as round-to-nearest does.
         damping: λ as a share of H's mean diagonal; raised until H factors.
-        mask: bool [N, K]; where False the weight becomes zero and its loss is repaired like any
-            rounding error (the joint case of SparseGPT, arXiv:2301.00774). Its code means nothing.
+        mask: bool [N, K], equally many True in every row; where False the weight becomes zero and
+            its loss is repaired like any rounding error (the joint case of SparseGPT,
+            arXiv:2301.00774). Groups then run over the kept weights of a row, and the form is of
+            these, [N, kept].
 
     Raises:
         ValueError: the statistic is not finite.
     """
     factor, order = _factor(statistic, act_order, damping)
-    kept = weight if mask is None else weight * mask
+    kept = weight if mask is None else weight[mask].view(len(weight), -1)
     if search:
         scales, zeros = rtn.fitted_grid(kept, bits, group, symmetric)
     else:
         scales, zeros = rtn.grid(*rtn.group_range(kept, group), bits, symmetric)
-    groups = order // group
     # Transposed, so that a column of the layer is contiguous.
     work = weight.t()[order].contiguous()
     keep = None if mask is None else mask.t()[order].contiguous()
-    s, z = scales.t()[groups].contiguous(), zeros.t()[groups].contiguous()
+    s, z = (_by_column(grid, group, mask, order) for grid in (scales, zeros))
     codes = torch.empty_like(work, dtype=torch.uint8)
     for start in range(0, len(work), _BLOCK):
         end = min(start + _BLOCK, len(work))
@@ -74,8 +75,18 @@ def solve(
             work[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1.0)
             errors[j - start] = error
         work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1.0)
-    codes = codes[torch.argsort(order)]
-    return Grouped(codes.t().contiguous(), scales, zeros, bits, group)
+    codes = codes[torch.argsort(order)].t().contiguous()
+    if mask is not None:
+        codes = codes[mask].view(len(kept), -1)
+    return Grouped(codes, scales, zeros, bits, group)
+
+
+def _by_column(grid: Tensor, group: int, mask: Tensor | None, order: Tensor) -> Tensor:
+    """Scales or zeros [N, G] of every weight, transposed and in `order`: [K, N]."""
+    if mask is None:
+        return grid.t()[order // group].contiguous()
+    index = mask.cumsum(1).sub_(1).clamp_(min=0).div_(group, rounding_mode="floor")
+    return grid.gather(1, index).t()[order].contiguous()
 
 
 def _factor(statistic: Gram, act_order: bool, damping: float) -> tuple[Tensor, Tensor]:
