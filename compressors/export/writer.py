@@ -1,21 +1,17 @@
 """A complete Hugging Face folder in AutoGPTQ's format, from a compressed model in memory.
 
-Owns the files' names and configs; the tensor layout is `autogptq_format`'s. Written into a
-temporary folder beside the target and moved into place, so a folder that exists is whole.
+Owns the format's settings and tensor names; the tensor layout is `autogptq_format`'s, the files
+are `folder`'s.
 """
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compressors.export.autogptq_format import (
@@ -23,22 +19,11 @@ from compressors.export.autogptq_format import (
     Version,
     to_gptq,
 )
+from compressors.export.folder import SHARD_BYTES, Draft, write_folder
 from compressors.export.model import CompressedModel
 from compressors.model import build_skeleton, is_transposed, linears
 from compressors.tensor import Dense, Grouped, LinearForm
 
-SHARD_BYTES = 4 * 2**30
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 _BLOCK = re.compile(r"^(.*?\.)\d+\.")
 
 
@@ -79,23 +64,11 @@ def write_gptq(
         GptqFormatError: a form or a mix of forms that the format cannot hold; names the module.
         FileExistsError: the folder exists.
     """
-    target = Path(folder)
-    if target.exists():
-        raise FileExistsError(f"{target} exists")
     layout = _layout(model.forms, version)
-    config = dict(model.config)
-    config["quantization_config"] = settings = _settings(model, layout, damp_percent)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-        draft = Path(scratch) / target.name
-        draft.mkdir()
-        _write_json(draft / "config.json", config)
-        _write_json(draft / "quantize_config.json", settings)
-        _write_shards(draft, _named_tensors(model, layout), shard_bytes)
-        if tokenizer_from is not None:
-            _copy_tokenizer(Path(tokenizer_from), draft)
-        draft.rename(target)
-    return target
+    settings = _settings(model, layout, damp_percent)
+    config = {**model.config, "quantization_config": settings}
+    draft = Draft(config, _named_tensors(model, layout), {"quantize_config.json": settings})
+    return write_folder(folder, draft, tokenizer_from=tokenizer_from, shard_bytes=shard_bytes)
 
 
 def _layout(forms: Mapping[str, LinearForm], version: Version | None) -> _Layout:
@@ -179,47 +152,3 @@ def _named_tensors(model: CompressedModel, layout: _Layout) -> Iterator[tuple[st
         yield f"{module}.qzeros", tensors.qzeros
         yield f"{module}.scales", tensors.scales
         yield f"{module}.g_idx", tensors.g_idx
-
-
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], shard_bytes: int) -> None:
-    """One `model.safetensors`, or numbered shards with an index; one shard in memory at a time."""
-    shards: list[list[str]] = []
-    total = 0
-
-    def flush(pending: dict[str, Tensor]) -> None:
-        save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(pending))
-
-    pending: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if pending and size + nbytes > shard_bytes:
-            flush(pending)
-            pending, size = {}, 0
-        pending[name] = tensor.detach().cpu().contiguous()
-        size += nbytes
-        total += nbytes
-    flush(pending)
-    if len(shards) == 1:
-        (folder / "shard-0").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for index, names in enumerate(shards):
-        file = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{index}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    _write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": weight_map},
-    )
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in _TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
