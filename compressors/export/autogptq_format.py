@@ -25,7 +25,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from compressors.base import CompressionError
+from compressors.export.packed import FormatError
 from compressors.tensor import Grouped
 
 Version = Literal["gptq", "gptq_v2"]
@@ -34,7 +34,7 @@ BITS = (2, 3, 4, 8)
 WORD = 32
 
 
-class GptqFormatError(CompressionError):
+class GptqFormatError(FormatError):
     """A tensor does not fit the format; the message names it."""
 
 

@@ -1,21 +1,19 @@
 """GPTQ checkpoints from elsewhere (AutoGPTQ, GPTQModel, ours), read as canonical forms.
 
-Owns recognising the format in a folder and checking every tensor against the architecture that
-the config describes; never writes, never loads pickle, never runs a repository's code. The tensor
-layout itself is `autogptq_format`'s.
+Owns recognising the format in a folder; matching with the architecture is `packed`'s, the tensor
+layout `autogptq_format`'s.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from compressors.base import Sink
 from compressors.export.autogptq_format import (
     BITS,
     VERSIONS,
@@ -25,11 +23,10 @@ from compressors.export.autogptq_format import (
     Version,
     from_gptq,
 )
-from compressors.export.model import CollectingSink, CompressedModel
-from compressors.model import Checkpoint, build_skeleton, linears, weight_of
+from compressors.export.model import CompressedModel
+from compressors.export.names import level_name
+from compressors.export.packed import PackedCheckpoint, take
 from compressors.tensor import Grouped
-
-_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
 @dataclass(frozen=True)
@@ -80,120 +77,42 @@ def gptq_config(folder: str | Path) -> GptqConfig | None:
     return GptqConfig(bits, group_size, "gptq_v2" if layout == "gptq_v2" else "gptq")
 
 
-class GptqCheckpoint:
+class GptqCheckpoint(PackedCheckpoint):
     """A GPTQ folder, opened and checked by name and shape; tensors are unpacked one by one.
 
     Attributes:
-        config: the model's config without `quantization_config`.
         settings: bits, group size, version.
-        modules: names of the quantized linears, sorted.
 
     Raises (on construction):
         GptqFormatError: no GPTQ checkpoint, or tensors that the architecture has no place for.
         compressors.model.CheckpointError: broken or pickle-only files, unknown architecture.
     """
 
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+    marker = "qweight"
+    error = GptqFormatError
+
     def __init__(self, folder: str | Path) -> None:
-        self._checkpoint = Checkpoint(folder)
+        super().__init__(folder)
         settings = gptq_config(folder)
         if settings is None:
             raise GptqFormatError(f"{folder}: config.json has no quantization_config of GPTQ's")
         self.settings = settings
-        self.config: dict[str, Any] = {
-            key: value
-            for key, value in self._checkpoint.config.items()
-            if key not in ("quantization_config", "auto_map")
-        }
-        names = self._checkpoint.names
-        self.modules = tuple(
-            name.removesuffix(".qweight") for name in names if name.endswith(".qweight")
+
+    @property
+    def level(self) -> str:
+        return level_name("gptq", self.settings.bits, self.settings.group_size)
+
+    def unpack(self, stored: dict[str, Tensor], shape: tuple[int, int]) -> Grouped:
+        """See `PackedCheckpoint`."""
+        tensors = GptqTensors(
+            take(stored, "qweight"),
+            take(stored, "qzeros"),
+            take(stored, "scales"),
+            stored.get("g_idx"),
         )
-        if not self.modules:
-            raise GptqFormatError(f"{folder}: not one tensor is named *.qweight")
-        self._linears, self._plain = self._match()
-
-    def linear(self, module: str) -> Grouped:
-        """The canonical form of one quantized linear.
-
-        Raises:
-            GptqFormatError: the message names the module.
-        """
-        parts = {part: self._part(module, part) for part in _PARTS}
-        missing = [part for part in _PARTS[:3] if parts[part] is None]
-        if missing:
-            raise GptqFormatError(f"{module}.{missing[0]}: missing beside {module}.qweight")
-        qweight, qzeros, scales = (_present(parts[part]) for part in _PARTS[:3])
-        out_features, in_features = self._linears[module]
-        tensors = GptqTensors(qweight, qzeros, scales, parts["g_idx"])
-        try:
-            bits, group = self._layout(tensors, in_features)
-            form = from_gptq(tensors, bits, group, self.settings.version)
-        except GptqFormatError as error:
-            raise GptqFormatError(f"{module}: {error}") from error
-        if form.shape != (out_features, in_features):
-            raise GptqFormatError(
-                f"{module}: packed weight is {form.shape[0]}x{form.shape[1]}, "
-                f"the config says {out_features}x{in_features}"
-            )
-        return form
-
-    def forms(self) -> Iterator[tuple[str, Grouped]]:
-        """Every quantized linear in turn."""
-        for module in self.modules:
-            yield module, self.linear(module)
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every other tensor of the architecture; packers' zero biases and tied copies left out."""
-        for name in self._plain:
-            yield name, self._checkpoint.tensor(name)
-
-    def stream(self, sink: Sink) -> None:
-        """Hand the whole checkpoint to a sink, one linear in memory at a time."""
-        sink.config(dict(self.config))
-        for name, tensor in self.tensors():
-            sink.tensor(name, tensor)
-        for module, form in self.forms():
-            sink.linear(module, form)
-
-    def _match(self) -> tuple[dict[str, tuple[int, int]], list[str]]:
-        """Shapes [N, K] of the quantized linears, and the plain tensors that the model has."""
-        skeleton = build_skeleton(self.config)
-        shapes: dict[str, tuple[int, int]] = {}
-        for name, module in linears(skeleton):
-            weight = weight_of(module)
-            shapes[name] = (weight.shape[0], weight.shape[1])
-        for module_name in self.modules:
-            if module_name not in shapes:
-                raise GptqFormatError(
-                    f"{module_name}.qweight: the architecture has no linear of that name"
-                )
-        packed = {f"{module}.{part}" for module in self.modules for part in _PARTS}
-        parameters = dict(skeleton.named_parameters())
-        stored = skeleton.state_dict(keep_vars=True)
-        wanted: dict[str, Tensor] = {n: b for n, b in skeleton.named_buffers() if n in stored}
-        wanted |= parameters
-        plain: list[str] = []
-        for name in self._checkpoint.names:
-            if name in packed:
-                continue
-            if name in wanted:
-                self._check_shape(name, wanted[name])
-                plain.append(name)
-        needed = set(parameters) - {f"{module}.weight" for module in self.modules} - set(plain)
-        if needed:
-            raise GptqFormatError(f"{min(needed)}: missing from the checkpoint")
-        return shapes, plain
-
-    def _check_shape(self, name: str, parameter: Tensor) -> None:
-        shape = self._checkpoint.shape(name)
-        if shape != tuple(parameter.shape):
-            raise GptqFormatError(
-                f"{name}: shape is {list(shape)}, the config says {list(parameter.shape)}"
-            )
-
-    def _part(self, module: str, part: str) -> Tensor | None:
-        name = f"{module}.{part}"
-        return self._checkpoint.tensor(name) if name in self._checkpoint else None
+        bits, group = self._layout(tensors, shape[1])
+        return from_gptq(tensors, bits, group, self.settings.version)
 
     def _layout(self, tensors: GptqTensors, in_features: int) -> tuple[int, int]:
         """(bits, group size) of one linear: the tensors' own, as GPTQModel may mix them."""
@@ -219,14 +138,7 @@ def read_gptq(folder: str | Path) -> CompressedModel:
         GptqFormatError: not a GPTQ checkpoint, or malformed; the message names the tensor.
         compressors.model.CheckpointError: broken or pickle-only files, unknown architecture.
     """
-    sink = CollectingSink()
-    GptqCheckpoint(folder).stream(sink)
-    return sink.model()
-
-
-def _present(tensor: Tensor | None) -> Tensor:
-    assert tensor is not None
-    return tensor
+    return GptqCheckpoint(folder).read()
 
 
 def _json(path: Path) -> Mapping[str, Any]:
