@@ -55,8 +55,13 @@ void quantize_row(const Grouped& w, const void* x, bool bf16, const Quantized& t
 
 // ---- weights in integer codes ----------------------------------------------------------------
 
+// Stands where bits stand: a 4-bit plane times 8, plus another 4-bit plane; see nested.py.
+constexpr int NESTED_BITS = 9;
+
 constexpr int widest(int bits) { return bits == 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1; }
-constexpr int step(int bits) { return bits == 8 || bits == 4 || bits == 2 ? 16 : 32; }
+constexpr int step(int bits) {
+  return bits == 8 || bits == 4 || bits == 2 || bits == NESTED_BITS ? 16 : 32;
+}
 
 // Codes of 16 rows × 4 columns as unsigned bytes: operand I after column `c`, a multiple of step.
 template <int BITS, int I>
@@ -68,7 +73,9 @@ INLINE __m512i operand(const uint8_t* const* planes, int64_t c) {
     v = _mm512_srli_epi16(v, W * (I % FIELDS));
     v = _mm512_and_si512(v, _mm512_set1_epi8((1 << W) - 1));
   }
-  if constexpr (REST > 0)
+  if constexpr (BITS == NESTED_BITS)
+    v = _mm512_add_epi8(_mm512_slli_epi16(v, 3), operand<4, I>(planes + 1, c));
+  else if constexpr (REST > 0)
     v = _mm512_or_si512(_mm512_slli_epi16(v, REST), operand<REST, I>(planes + 1, c));
   return v;
 }
@@ -84,13 +91,20 @@ INLINE __m512 zero_points(const Grouped& w, int64_t i) {
   return _mm512_add_ps(base, _mm512_loadu_ps(at));
 }
 
+template <int BITS>  // the same in units of the codes that `operand` gives
+INLINE __m512 zero_points_of(const Grouped& w, int64_t i) {
+  __m512 zero = zero_points(w, i), eight = _mm512_set1_ps(8.f);
+  return BITS == NESTED_BITS ? _mm512_fmadd_ps(zero, eight, eight) : zero;
+}
+
 INLINE __m512i broadcast(const int8_t* four) {
   return _mm512_set1_epi32(at<int32_t>(four, 0));
 }
 
 template <int BITS>
 INLINE void planes_of(const Grouped& w, int64_t block, const uint8_t** planes) {
-  for (int p = 0, left = BITS; left > 0; left -= widest(left), p++)
+  constexpr int LAST = BITS == NESTED_BITS ? NESTED_BITS - 8 : 0;  // two planes of four
+  for (int p = 0, left = BITS; left > LAST; left -= widest(left), p++)
     planes[p] = w.planes[p] + block * w.groups * w.width * 2 * widest(left);
 }
 
@@ -130,7 +144,7 @@ void tile(const Grouped& w, int64_t block, const Quantized& x, int64_t row, void
     int64_t index = block * w.groups + g, stop = (g + 1) * w.width;
     __m256i half = _mm256_loadu_si256((const __m256i*)(w.scales + index * BLOCK));
     __m512 scale = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(w.scale));
-    __m512 zero = zero_points(w, index);
+    __m512 zero = zero_points_of<BITS>(w, index);
     for (int64_t c = g * w.width; c < stop; part++) {
       int64_t end = c + PART < stop ? c + PART : stop;
       __m512i acc[MT][CHAINS];
@@ -139,6 +153,7 @@ void tile(const Grouped& w, int64_t block, const Quantized& x, int64_t row, void
         for (int i = 0; i < CHAINS; i++) acc[m][i] = _mm512_setzero_si512();
       for (; c < end; c += step(BITS)) {
         if (MT == 1) prefetch(planes[0] + c * 2 * widest(BITS), step(BITS) * 2 * widest(BITS));
+        if (MT == 1 && BITS == NESTED_BITS) prefetch(planes[1] + c * 8, step(BITS) * 8);
         multiply<BITS, MT, CHAINS, 0>(planes, c, codes + c, x.stride, acc);
       }
 #pragma GCC unroll 16

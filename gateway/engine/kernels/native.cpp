@@ -17,7 +17,7 @@ EXPORT int pressgate_features() {
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!base) return 0;
   if (!__builtin_cpu_supports("avx512vnni")) return 0;
-  int found = INT8;
+  int found = INT8 | NESTED;
   if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2"))
     found |= BF16 | SPARSE;
   return found;
@@ -27,7 +27,7 @@ EXPORT void pressgate_grouped(const Grouped* w, const void* x, void* out, int64_
                               int64_t threads) {
   using Kernel = void (*)(const Grouped&, const char*, char*, int64_t, bool, int64_t);
   static const Kernel by_bits[] = {grouped<2>, grouped<3>, grouped<4>, grouped<5>,
-                                   grouped<6>, grouped<7>, grouped<8>};
+                                   grouped<6>, grouped<7>, grouped<8>, grouped<NESTED_BITS>};
   by_bits[w->bits - 2](*w, (const char*)x, (char*)out, rows, bf16 != 0, threads);
 }
 

@@ -30,6 +30,7 @@ class Feature(IntFlag):
     INT8 = 1
     BF16 = 2
     SPARSE = 4
+    NESTED = 32
 
 
 class GroupedStruct(ctypes.Structure):
