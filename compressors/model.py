@@ -8,6 +8,7 @@ transformers and huggingface_hub are imported here and only when used.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compressors.base import CompressionError
+from compressors.experts import expert_name, parts_of, unfuse
 
 ALLOW_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+# One expert of a fused parameter, some of its rows: `name[3][0:56]`, `name[3].T[0:56]`.
+_PART = re.compile(r"(?P<name>.+)\[(?P<index>\d+)\](?P<turn>\.T)?\[(?P<from>\d+):(?P<to>\d+)\]")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -120,7 +124,14 @@ class Checkpoint:
         return name in self._home
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor, a view of the mapped file: do not write to it."""
+        """The tensor, a view of the mapped file: do not write to it.
+
+        `name[3][0:56]` is a part of a 3-D one (rows 0 to 55 of its fourth matrix), and
+        `name[3].T[0:56]` of that matrix transposed.
+        """
+        if part := self._part(name):
+            whole = self.tensor(part["name"])[int(part["index"])]
+            return (whole.t() if part["turn"] else whole)[int(part["from"]) : int(part["to"])]
         try:
             tensor: Tensor = self._handles[self._home[name]].get_tensor(name)
         except KeyError:
@@ -131,9 +142,17 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the header; no data is read."""
+        if part := self._part(name):
+            whole = self.shape(part["name"])[1:]
+            rows = int(part["to"]) - int(part["from"])
+            inner = tuple(reversed(whole)) if part["turn"] else whole
+            return (min(rows, inner[0] - int(part["from"])), *inner[1:])
         if name not in self._home:
             raise CheckpointError(f"{self.folder}: no tensor {name!r}")
         return tuple(self._handles[self._home[name]].get_slice(name).get_shape())
+
+    def _part(self, name: str) -> re.Match[str] | None:
+        return None if name in self._home else _PART.fullmatch(name)
 
     @property
     def total_bytes(self) -> int:
@@ -234,7 +253,8 @@ def build_skeleton(
     """The causal LM of `config` with every parameter on the meta device and every buffer real.
 
     Buffers (rotary frequencies, masks) are computed by the constructors and are in no checkpoint,
-    so they must exist; parameters cost nothing until `set_tensor` fills them.
+    so they must exist; parameters cost nothing until `set_tensor` fills them. Layers of experts
+    come as linears (see `experts`).
 
     Args:
         attn_implementation: None lets transformers choose the best that the architecture has.
@@ -267,6 +287,7 @@ def build_skeleton(
         ) from error
     finally:
         handle.remove()
+    unfuse(model)
     return model.eval().requires_grad_(False)
 
 
@@ -299,14 +320,18 @@ def source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     """
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     stored_as = _current_names(checkpoint, model)
+    fused = parts_of(model)
     parameters = dict(model.named_parameters())
     wanted: dict[str, Tensor] = dict(parameters)
     stored = model.state_dict(keep_vars=True)
     wanted |= {n: b for n, b in model.named_buffers() if n in stored}
     names: dict[str, str] = {}
     for name, tensor in wanted.items():
-        candidates = (name, name.removeprefix(prefix), prefix + name)
-        found = next((stored_as[c] for c in candidates if c in stored_as), None)
+        found = _stored_name(name, prefix, stored_as)
+        if found is None and name in fused:
+            whole, part = fused[name]
+            merged = _stored_name(whole, prefix, stored_as)
+            found = None if merged is None else part.of(merged)
         if found is None:
             if name in parameters:
                 raise CheckpointError(f"{checkpoint.folder}: no tensor for parameter {name}")
@@ -320,17 +345,34 @@ def source_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     return names
 
 
+def _stored_name(name: str, prefix: str, stored_as: Mapping[str, str]) -> str | None:
+    candidates = (name, name.removeprefix(prefix), prefix + name)
+    return next((stored_as[c] for c in candidates if c in stored_as), None)
+
+
 def _current_names(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     """Today's name of every stored tensor → the name it is stored under."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
+    from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 
-    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    merges = [
+        t
+        for t in transforms
+        if isinstance(t, WeightConverter) and isinstance(t.operations[0], MergeModulelist)
+    ]
     names = {}
     for stored in checkpoint.names:
         name = stored
         for renaming in renamings:
             name, _ = renaming.rename_source_key(name)
+        for merge in merges:  # one matrix of one expert
+            fused, pattern = merge.rename_source_key(name)
+            if pattern is not None:
+                place = merge.source_patterns.index(pattern)
+                name = expert_name(name, fused, pattern, place) or name
+                break
         names[name] = stored
     return names
 
