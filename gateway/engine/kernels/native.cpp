@@ -10,6 +10,7 @@
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "bf16.h"
 #include "grouped.h"
+#include "int8.h"
 
 EXPORT int pressgate_features() {
   __builtin_cpu_init();
@@ -36,6 +37,11 @@ EXPORT void pressgate_dense(const Dense* w, const void* x, void* out, int64_t ro
   dense(*w, (const uint16_t*)x, (char*)out, rows, bf16 != 0, threads);
 }
 
+EXPORT void pressgate_int8(const Int8* w, const void* x, void* out, int64_t rows, int bf16,
+                           int64_t threads) {
+  int8_linear(*w, (const char*)x, (char*)out, rows, bf16 != 0, threads);
+}
+
 EXPORT void pressgate_expand(const Dense* w, int64_t start, int64_t stop, void* out,
                              int64_t threads) {
   expand(*w, start, stop, (uint16_t*)out, threads);
@@ -44,4 +50,4 @@ EXPORT void pressgate_expand(const Dense* w, int64_t start, int64_t stop, void* 
 EXPORT int pressgate_features() { return 0; }
 #endif
 
-EXPORT int pressgate_abi() { return 2; }
+EXPORT int pressgate_abi() { return 3; }

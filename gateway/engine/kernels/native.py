@@ -21,7 +21,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-ABI = 2
+ABI = 3
 
 
 class Feature(IntFlag):
@@ -50,6 +50,20 @@ class GroupedStruct(ctypes.Structure):
         ("zeros_bytes", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("zero", ctypes.c_float),
+    )
+
+
+class Int8Struct(ctypes.Structure):
+    """`Int8` of native.cpp."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("inputs", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
     )
 
 
@@ -91,7 +105,7 @@ def _open() -> tuple[ctypes.CDLL, Feature] | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     arguments = (pointer, pointer, pointer, number, ctypes.c_int, number)
-    for function in (dll.pressgate_grouped, dll.pressgate_dense):
+    for function in (dll.pressgate_grouped, dll.pressgate_int8, dll.pressgate_dense):
         function.argtypes, function.restype = arguments, None
     dll.pressgate_expand.argtypes = (pointer, number, number, pointer, number)
     dll.pressgate_expand.restype = None
@@ -123,7 +137,7 @@ class NativeCall:
         self,
         dll: ctypes.CDLL,
         entry: str,
-        struct: GroupedStruct | DenseStruct,
+        struct: GroupedStruct | Int8Struct | DenseStruct,
         keep: tuple[object, ...],
         *,
         max_rows: int,
