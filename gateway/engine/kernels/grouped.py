@@ -215,8 +215,16 @@ class GroupedLinear(KernelLinear):
         dll = library(Feature.INT8)
         if dll is None or not self.scales.is_cpu:
             return None
-        planes = [self.get_buffer(f"codes{plane}") for plane, _ in PLANES[self.bits]]
         bias = None if self.bias is None else self.bias.float()
+        struct = self.describe(bias)
+        keep = (*self.buffers(), bias)
+        return NativeCall(
+            dll, "pressgate_grouped", struct, keep, max_rows=1 << 30, bf16_input=False
+        )
+
+    def describe(self, bias: Tensor | None) -> GroupedStruct:
+        """The layer as native kernels see it: pointers into its buffers and `bias` (float32)."""
+        planes = [self.get_buffer(f"codes{plane}") for plane, _ in PLANES[self.bits]]
         struct = GroupedStruct(
             scales=self.scales.data_ptr(),
             zeros=None if self.zeros is None else self.zeros.data_ptr(),
@@ -232,15 +240,7 @@ class GroupedLinear(KernelLinear):
             zero=float(2 ** (self.bits - 1)),
         )
         struct.planes[:] = [p.data_ptr() for p in planes] + [None] * (3 - len(planes))
-        keep = [*planes, self.scales, self.zeros, self.columns, bias]
-        return NativeCall(
-            dll,
-            "pressgate_grouped",
-            struct,
-            tuple(t for t in keep if t is not None),
-            max_rows=1 << 30,
-            bf16_input=False,
-        )
+        return struct
 
     @property
     def place(self) -> Tensor | None:

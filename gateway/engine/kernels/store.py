@@ -19,6 +19,7 @@ SCHEMES: dict[str, str] = {
     "sparse24": "gateway.engine.kernels.sparse24",
     "lowrank": "gateway.engine.kernels.lowrank",
     "scaled": "gateway.engine.kernels.scaled",
+    "nested": "gateway.engine.kernels.nested",
 }
 
 

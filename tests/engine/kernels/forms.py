@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressors.forms.nested import Nested
 from compressors.forms.scaled import Scaled
 from compressors.tensor import Dense, Grouped, LinearForm, LowRank, Sparse24
 
@@ -36,6 +37,11 @@ def grouped(
         group=group,
         perm=index if perm else None,
     )
+
+
+def nested(shape: tuple[int, int], *, zeros: str = "whole", perm: bool = False) -> Nested:
+    child = grouped(shape, bits=4, group=32, zeros=zeros, perm=perm)
+    return Nested(child, torch.randint(0, 16, shape, dtype=torch.uint8))
 
 
 def dense(shape: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Dense:
@@ -77,5 +83,8 @@ def every(n: int = 33, k: int = 100) -> dict[str, LinearForm]:
         "lowrank-int8": LowRank(dense((n, 8)), grouped((8, k), bits=8, group=k)),
         "scaled-fp32": Scaled(dense((n, k), torch.float32), torch.rand(k) + 0.5),
         "scaled-int4": Scaled(grouped((n, k), group=32, zeros="whole"), torch.rand(k) / 2 + 0.5),
+        "nested": nested((n, k)),
+        "nested-act-order": nested((n, k), perm=True),
+        "nested-fraction": nested((n, k), zeros="fraction"),
     }
     return forms
