@@ -71,6 +71,8 @@ def _solve(
     weight: Tensor, step: Step, statistic: Any, columns: int | None = None, **extra: Any
 ) -> Grouped:
     solve = METHODS[step.method].load()
+    if step.base:
+        extra["high"] = METHODS[step.base].load()
     form: Grouped = solve(
         weight,
         statistic,

@@ -94,7 +94,7 @@ def _step_size(step: Step, recipe: Recipe) -> float:
     if step.kind == "quantize":
         # A group carries a 16-bit scale and a 16-bit zero (none when symmetric).
         overhead = 0.0 if step.group is None else (16 if step.symmetric else 32) / step.group
-        return (step.bits + overhead) / 16
+        return ((step.child or step.bits) + overhead) / 16
     if step.kind == "sparse":
         # Half the values, and an index: two bits for each of 2:4, else a bit for every weight. A
         # later step shrinks values, not indexes.

@@ -8,7 +8,8 @@ The dense names `fp32`, `bf16`, `fp16` stand alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from compressors.grammar import BITS, Dtype, grammar, parse_step
@@ -16,7 +17,7 @@ from compressors.registry import METHODS, Family, Kind
 from compressors.stack import RecipeError, check_stack
 from compressors.step import Step
 
-__all__ = ["BITS", "Dtype", "Recipe", "RecipeError", "Step", "grammar"]
+__all__ = ["BITS", "Dtype", "Recipe", "RecipeError", "Step", "expand", "grammar"]
 
 MAX_NAME = 128
 
@@ -52,6 +53,29 @@ class Recipe:
     def needs_calibration(self) -> bool:
         return any(step.needs_calibration for step in self.steps)
 
+    @property
+    def parent(self) -> Recipe:
+        """The recipe that is built: of a level that computes with a part of nested codes the one
+        that makes them all; else itself."""
+        return replace(self, steps=tuple(replace(step, child=0) for step in self.steps))
+
+    @property
+    def child(self) -> int:
+        """The bits of nested codes that are computed with; 0 where it means all."""
+        return next((step.child for step in self.steps if step.child), 0)
+
+    @property
+    def offers(self) -> tuple[Recipe, ...]:
+        """The levels it stands for: a nested recipe that names no child offers both."""
+        if not any(step.base and not step.child for step in self.steps):
+            return (self,)
+        return tuple(
+            replace(
+                self, steps=tuple(replace(s, child=bits) if s.base else s for s in self.steps)
+            )
+            for bits in (8, 4)
+        )
+
     def step(self, kind: Kind) -> Step | None:
         """The step of that kind, if the recipe has one."""
         return next((step for step in self.steps if step.kind == kind), None)
@@ -71,3 +95,14 @@ class Recipe:
         steps = tuple(parse_step(part, name) for part in text.split("+"))
         check_stack(steps, name)
         return cls(steps)
+
+
+def expand(names: Iterable[str]) -> tuple[str, ...]:
+    """The names of all levels that the level names `names` stand for, in order, each once.
+
+    Raises:
+        RecipeError: one is no level name.
+    """
+    return tuple(
+        dict.fromkeys(level.name for name in names for level in Recipe.parse(name).offers)
+    )

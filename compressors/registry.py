@@ -6,6 +6,7 @@ this module costs nothing to a process that merely names levels.
 What `target` points at, by kind (weights are float32 `[N, K]`):
 
 - `quantize`: `solve(weight, statistic, *, bits, group, symmetric) -> LinearForm`
+  (with `spelled` nested also `high`, the `solve` of the base method)
 - `sparse`:   `solve(weight, statistic) -> Sparse24`
 - `lowrank`:  `solve(weight, statistic, *, rank) -> LowRank`
 - `depth`:    `solve(probe, *, kept) -> tuple[int, ...]`, the decoder blocks to keep
@@ -47,7 +48,7 @@ class Method:
             bits it gains nothing and costs bytes and kernel time.
         whole_model: it does the job itself and stands alone in a recipe.
         spelled: a quantizer's level name is `int<bits>-<variant>-g<group>` (`settings`) or the
-            variant itself (`name`).
+            variant itself (`name`); `nested` is spelled after its base, see `grammar`.
         options: of `sym` and `act`, the endings a level name may have.
         follows: kinds whose result a quantizer or a correction can work on, besides plain weights.
         nests: its 4-bit codes can be the high half of a nested parent.
@@ -63,7 +64,7 @@ class Method:
     prior: dict[int, Quality]
     symmetric_from: int = 8
     whole_model: bool = False
-    spelled: Literal["settings", "name"] = "settings"
+    spelled: Literal["settings", "name", "nested"] = "settings"
     options: frozenset[str] = frozenset()
     follows: frozenset[Kind] = frozenset()
     nests: bool = False
@@ -102,6 +103,7 @@ METHODS: dict[str, Method] = {
         priors.HQQ,
         symmetric_from=9,
         follows=_ON_FORMS,
+        nests=True,
     ),
     "gptq": Method(
         "gptq",
@@ -112,6 +114,7 @@ METHODS: dict[str, Method] = {
         priors.GPTQ,
         options=frozenset({"sym"}),
         follows=_ON_FORMS,
+        nests=True,
     ),
     "autogptq": Method(
         "autogptq",
@@ -122,6 +125,15 @@ METHODS: dict[str, Method] = {
         priors.AUTOGPTQ,
         symmetric_from=0,
         whole_model=True,
+    ),
+    "nested": Method(
+        "nested",
+        "quantize",
+        "quantization",
+        f"{_QUANTIZE}.nested:solve",
+        False,  # its base may
+        priors.NESTED,
+        spelled="nested",
     ),
     "magnitude": Method(
         "magnitude", "sparse", "pruning", f"{_PRUNE}.magnitude:solve", False, priors.MAGNITUDE

@@ -37,6 +37,7 @@ def solve(
     search: bool = True,
     damping: float = 0.01,
     mask: Tensor | None = None,
+    grid: tuple[Tensor, Tensor] | None = None,
 ) -> Grouped:
     """Quantize weight [N, K] (float32) for inputs with the given statistic.
 
@@ -49,19 +50,23 @@ def solve(
             arXiv:2301.00774). Groups then run over the kept weights of a row, and the form is of
             these, [N, kept].
 
+        grid: scales and zeros [N, G] to use instead of grids of its own.
+
     Raises:
         ValueError: the statistic is not finite.
     """
     factor, order = _factor(statistic, act_order, damping)
     kept = weight if mask is None else weight[mask].view(len(weight), -1)
-    if search:
+    if grid is not None:
+        scales, zeros = grid
+    elif search:
         scales, zeros = rtn.fitted_grid(kept, bits, group, symmetric)
     else:
         scales, zeros = rtn.grid(*rtn.group_range(kept, group), bits, symmetric)
     # Transposed, so that a column of the layer is contiguous.
     work = weight.t()[order].contiguous()
     keep = None if mask is None else mask.t()[order].contiguous()
-    s, z = (_by_column(grid, group, mask, order) for grid in (scales, zeros))
+    s, z = (_by_column(part, group, mask, order) for part in (scales, zeros))
     codes = torch.empty_like(work, dtype=torch.uint8)
     for start in range(0, len(work), _BLOCK):
         end = min(start + _BLOCK, len(work))
