@@ -28,8 +28,8 @@ class PackedCheckpoint(ABC):
 
     Attributes:
         config: the model's config without `quantization_config`.
-        settings: the raw `quantization_config`.
         modules: names of the compressed linears, sorted.
+        shapes: (N, K) of every linear of the architecture.
 
     Raises (on construction):
         FormatError: settings that cannot be read, or tensors that the architecture has no place
@@ -55,7 +55,7 @@ class PackedCheckpoint(ABC):
         )
         if not self.modules:
             raise self.error(f"{folder}: not one tensor is named *{ending}")
-        self._shapes, self._plain = self._match()
+        self.shapes, self._plain = self._match()
 
     @property
     @abstractmethod
@@ -63,7 +63,7 @@ class PackedCheckpoint(ABC):
         """The name of the level that the checkpoint is."""
 
     @abstractmethod
-    def unpack(self, tensors: dict[str, Tensor], shape: tuple[int, int]) -> LinearForm:
+    def unpack(self, stored: dict[str, Tensor], shape: tuple[int, int]) -> LinearForm:
         """One linear's form from those of `parts` that are stored.
 
         Raises:
@@ -76,15 +76,9 @@ class PackedCheckpoint(ABC):
         Raises:
             FormatError: the message names the module.
         """
-        names = {part: f"{module}.{part}" for part in self.parts}
-        stored = {
-            part: self._checkpoint.tensor(name)
-            for part, name in names.items()
-            if name in self._checkpoint
-        }
-        shape = self._shapes[module]
+        shape = self.shapes[module]
         try:
-            form = self.unpack(stored, shape)
+            form = self.unpack(self.stored(module), shape)
         except FormatError as error:
             raise self.error(f"{module}: {error}") from error
         if form.shape != shape:
@@ -93,6 +87,15 @@ class PackedCheckpoint(ABC):
                 f"the config says {shape[0]}x{shape[1]}"
             )
         return form
+
+    def stored(self, module: str) -> dict[str, Tensor]:
+        """The tensors of one compressed linear by part, mapped: no data is read."""
+        names = {part: f"{module}.{part}" for part in self.parts}
+        return {
+            part: self._checkpoint.tensor(name)
+            for part, name in names.items()
+            if name in self._checkpoint
+        }
 
     def forms(self) -> Iterator[tuple[str, LinearForm]]:
         """Every compressed linear in turn."""

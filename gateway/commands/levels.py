@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import orjson
 import typer
 
+from compressors.export.formats import WRITERS
 from compressors.recipe import Recipe, RecipeError
 from gateway.commands.options import (
     AsJson,
@@ -68,8 +69,11 @@ def compress(
     eval_text: EvalFile = None,
     cache_dir: CacheDir = None,
     export: Annotated[
-        Path | None, typer.Option(help="Also write a GPTQ-format checkpoint folder here.")
+        Path | None, typer.Option(help="Also write it as a checkpoint folder for others here.")
     ] = None,
+    export_format: Annotated[
+        str, typer.Option("--format", help=f"Of the export: {' or '.join(WRITERS)}.")
+    ] = next(iter(WRITERS)),
     as_json: AsJson = False,
 ) -> None:
     """Build one level into the cache, measure its card and print both."""
@@ -78,6 +82,12 @@ def compress(
         Recipe.parse(level)
     except RecipeError as error:
         raise InvalidRequest(f"--level takes one level: {error}", param="level") from None
+    if export_format not in WRITERS:
+        raise InvalidRequest(
+            f"--format: {export_format!r} is no format; known: {', '.join(WRITERS)}", param="format"
+        )
+    if export is not None and export.exists():
+        raise InvalidRequest(f"--export: {export} exists", param="export")
     settings = settings_of(
         config,
         model=model,
@@ -86,7 +96,7 @@ def compress(
         eval_text=eval_text,
         cache_dir=cache_dir,
     )
-    facts = asyncio.run(_compress(settings, level, export))
+    facts = asyncio.run(_compress(settings, level, export, export_format))
     if as_json:
         typer.echo(orjson.dumps(facts, option=orjson.OPT_INDENT_2))
         return
@@ -95,7 +105,9 @@ def compress(
     )
 
 
-async def _compress(settings: Settings, level: str, export: Path | None) -> dict[str, Any]:
+async def _compress(
+    settings: Settings, level: str, export: Path | None, export_format: str
+) -> dict[str, Any]:
     async with workshop(settings) as backend:
         families = {spec.level: spec.family for spec in backend.ladder()}
         if families.get(level, "upstream") == "upstream":
@@ -117,5 +129,5 @@ async def _compress(settings: Settings, level: str, export: Path | None) -> dict
                 raise InvalidRequest(str(error), param="level") from error
         facts = {"level": level, "family": family} | backend.card(level).model_dump(mode="json")
         if export is not None:
-            facts["exported"] = await backend.export(level, export)
+            facts["exported"] = await backend.export(level, export, export_format)
         return facts

@@ -15,9 +15,9 @@ from torch import Tensor
 from cache.artifact import Artifact
 from cache.manifest import ModuleRecord, TensorRecord
 from cache.writer import ArtifactWriter
+from compressors.export.formats import open_packed, write_packed
 from compressors.export.model import CompressedModel
-from compressors.export.reader import read_gptq
-from compressors.export.writer import write_gptq
+from compressors.export.packed import FormatError
 from compressors.model import Checkpoint, build_skeleton, source_names
 from compressors.tensor import LinearForm, StoredLinear
 from gateway.engine.kernels.store import pack, unpack
@@ -102,25 +102,27 @@ def dense_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> VariantWeights:
 
 
 def imported_weights(folder: Path, dtype: torch.dtype) -> VariantWeights:
-    """A GPTQ checkpoint as a variant: its codes in our kernels' layout, held in memory.
+    """A compressed checkpoint as a variant: its codes in our kernels' layout, held in memory.
 
     Raises:
-        CompressionError: not a GPTQ checkpoint, or malformed; the message names the tensor.
+        CompressionError: not of a format that can be read, or malformed; names the tensor.
     """
-    model = read_gptq(folder)
+    packed = open_packed(folder)
+    if packed is None:
+        raise FormatError(f"{folder}: is not compressed")
     return VariantWeights(
-        config=model.config,
-        tensors=model.tensors,
-        linears={module: pack(form) for module, form in model.forms.items()},
+        config=packed.config,
+        tensors=dict(packed.tensors()),
+        linears={module: pack(form) for module, form in packed.forms()},
         dtype=dtype,
     )
 
 
-def export_gptq(artifact: Artifact, folder: Path, tokenizer_from: Path) -> Path:
-    """Write the artifact as a checkpoint that AutoGPTQ, GPTQModel, transformers and vLLM load.
+def export_artifact(artifact: Artifact, folder: Path, *, form: str, tokenizer_from: Path) -> Path:
+    """Write the artifact as a checkpoint folder in a format of `compressors.export.formats`.
 
     Raises:
-        CompressionError: the level has no GPTQ form (only group-quantized linears do).
+        CompressionError: the format cannot hold the level; the message says why.
     """
     weights = weights_of(artifact, torch.float32)
     model = CompressedModel(
@@ -128,7 +130,7 @@ def export_gptq(artifact: Artifact, folder: Path, tokenizer_from: Path) -> Path:
         tensors=weights.tensors,
         forms={module: unpack(stored) for module, stored in weights.linears.items()},
     )
-    return write_gptq(folder, model, tokenizer_from=tokenizer_from)
+    return write_packed(folder, model, form=form, tokenizer_from=tokenizer_from)
 
 
 def _tensor(artifact: Artifact, name: str, record: TensorRecord) -> Tensor:

@@ -32,7 +32,7 @@ from gateway.variants.spec import BuildSpec
 
 if TYPE_CHECKING:
     from cache.artifact import Artifact
-    from compressors.export.reader import GptqConfig
+    from compressors.export.packed import PackedCheckpoint
     from compressors.model import Checkpoint
     from gateway.engine.runner import VariantWeights
     from gateway.engine.upstream import UpstreamEngine
@@ -68,7 +68,7 @@ class LocalBackend:
         self._recipes: dict[str, Recipe] = {}
         self._upstream: Mapping[str, Upstream] = model.upstream
         self._native = ""
-        self._imported: GptqConfig | None = None
+        self._imported: PackedCheckpoint | None = None
         self._checkpoint: Checkpoint | None = None
         self._tokenizer: Tokenizer | None = None
         self._source = ""
@@ -85,7 +85,7 @@ class LocalBackend:
 
     def _open(self) -> None:
         from compressors.base import CompressionError
-        from compressors.export.reader import gptq_config
+        from compressors.export.formats import open_packed
         from compressors.model import (
             Checkpoint,
             block_share,
@@ -96,24 +96,25 @@ class LocalBackend:
 
         try:
             self._checkpoint = Checkpoint(self._folder)
-            parsed = parse_config(self._checkpoint.config)
+            self._imported = open_packed(self._folder)
+            config = (self._imported or self._checkpoint).config
+            parsed = parse_config(config)
             self._tokenizer = load_tokenizer(self._folder)
-            skeleton = build_skeleton(self._checkpoint.config)
+            skeleton = build_skeleton(config)
             self._linear_share = block_share(skeleton)
             self._source = self._checkpoint.source_digest
-            self._imported = gptq_config(self._folder)
             if self._imported is None:  # every parameter must be there, in its shape
                 source_names(self._checkpoint, skeleton)
+            else:
+                self.default_level = self._imported.level
         except CompressionError as error:
             raise ModelError(str(error), param="model") from error
         text_config = parsed.get_text_config()
         dtype = str(text_config.dtype or "float32").removeprefix("torch.")
         self._native = _NATIVE_LEVELS.get(dtype, "fp32")
-        self.default_level = self._native
-        if self._imported is not None:
-            # A checkpoint that comes quantized is one level; there is no dense model to compress.
-            group = "ch" if self._imported.group_size < 0 else self._imported.group_size
-            self.default_level = f"int{self._imported.bits}-gptq-g{group}"
+        if self._imported is None:
+            self.default_level = self._native
+        else:  # it comes compressed and is one level; there is no dense model to make others of
             self._names = ()
         self.context_length = _context_length(text_config)
         self._kv_elements = _kv_elements(text_config)
@@ -241,20 +242,22 @@ class LocalBackend:
         """Keep a measured card, here and for replicas on hosts like this one."""
         await self._shared.cards.put(self.key(level), card)
 
-    async def export(self, level: str, folder: Path) -> str:
-        """Write a stored level as a GPTQ-format checkpoint; returns the folder.
+    async def export(self, level: str, folder: Path, form: str = "gptq") -> str:
+        """Write a stored level as a checkpoint in the format called `form`; returns the folder.
 
         Raises:
             InvalidRequest: not built, or a level that the format cannot hold.
         """
         from compressors.base import CompressionError
-        from gateway.variants.artifact import export_gptq
+        from gateway.variants.artifact import export_artifact
 
         artifact = await self._shared.store.fetch(self.key(level))
         if artifact is None:
             raise InvalidRequest(f"{level} has no artifact to export", param="export")
         try:
-            written = await asyncio.to_thread(export_gptq, artifact, folder, self._folder)
+            written = await asyncio.to_thread(
+                export_artifact, artifact, folder, form=form, tokenizer_from=self._folder
+            )
         except (CompressionError, OSError) as error:
             raise InvalidRequest(f"--export: {error}", param="export") from error
         return str(written)

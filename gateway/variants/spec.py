@@ -15,7 +15,7 @@ class BuildSpec(BaseModel):
         key: the artifact's key; empty for the checkpoint's own dense level, which needs none.
         calibration, eval_text: the user's text files, or None for the default text.
         threads: while compressing; `serve_threads`: while measuring speed, as the gateway serves.
-        imported: the folder is a GPTQ checkpoint, served as it is; there is no dense model.
+        imported: the folder is a compressed checkpoint, served as it is; there is no dense model.
         compute_dtype, dense_dtype: `bf16`, `fp16` or `fp32`, of the level and of its reference.
     """
 

@@ -220,17 +220,23 @@ def test_a_folder_is_served_under_its_name_and_its_second_start_builds_nothing(
     assert texts[0] == texts[1]
 
 
-def test_a_gptq_checkpoint_is_served_as_the_level_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "level"), [("gptq", "int4-gptq-g128"), ("compressed-tensors", "int4-rtn-g128")]
+)
+def test_a_compressed_checkpoint_is_served_as_the_level_it_is(
+    form: str, level: str, tmp_path: Path
+) -> None:
     eval_text = write_texts(tmp_path)["eval_text"]
-    exported = tmp_path / "docs-17m-gptq"
+    exported = tmp_path / "exported"
     common = ("--cache-dir", str(tmp_path / "cache"), "--eval-text", eval_text, "--json")
-    facts("compress", "--level", "int4-rtn-g128", "--export", str(exported), *common)
+    export = ("--export", str(exported), "--format", form)
+    facts("compress", "--level", "int4-rtn-g128", *export, *common)
     flags = ("--model", str(exported))
     with GatewayProcess(tmp_path / "home", {"threads": 1}, flags=flags, ready_s=280) as gateway:
         rows = gateway.get("/v1/levels")["data"]
-        assert [row["level"] for row in rows] == ["int4-gptq-g128"]
-        answer = gateway.complete(model="docs-17m-gptq")
-        assert answer["compression"]["level"] == "int4-gptq-g128"
+        assert [row["level"] for row in rows] == [level]
+        answer = gateway.complete(model="exported")
+        assert answer["compression"]["level"] == level
         assert answer["usage"]["completion_tokens"] == 8
         assert len(answer["choices"][0]["text"].strip()) > 3
 
