@@ -25,7 +25,8 @@ class CompressionError(Exception):
 class Sink(Protocol):
     """Takes the compressed model piece by piece, in any order, each piece once.
 
-    A piece may be dropped from memory as soon as the call returns.
+    A piece may be dropped from memory as soon as the call returns. Calls may come from several
+    threads at once.
     """
 
     def config(self, config: dict[str, Any]) -> None:
@@ -36,6 +37,36 @@ class Sink(Protocol):
 
     def linear(self, module: str, form: LinearForm) -> None:
         """The weight of linear `module` (e.g. `model.layers.0.mlp.up_proj`) in compressed form."""
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """How far a job came.
+
+    Attributes:
+        blocks: decoder blocks that are done and in the sink.
+        facts: what the job needs to go on (JSON).
+        hidden: the inputs of the next block, float [B, length, hidden size] per batch; empty when
+            the job needs no text.
+    """
+
+    blocks: int
+    facts: dict[str, Any]
+    hidden: tuple[Tensor, ...] = ()
+
+
+class Journal(Protocol):
+    """Keeps a job's milestones, so that one that was killed goes on where it was.
+
+    What `load` returns must come from a job with equal arguments, and the sink must still have all
+    pieces that it had been given at that moment.
+    """
+
+    def load(self) -> Milestone | None:
+        """The last milestone, None to begin at the beginning."""
+
+    def save(self, milestone: Milestone) -> None:
+        """Replace the last milestone. May decide that it is too early for another one."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ class Routed(nn.Module):
         order = torch.argsort(chosen, stable=True)
         counts = torch.bincount(chosen, minlength=self.num_experts).tolist()
         x = hidden_states[order // k]
-        parts = x.split(counts[: self.num_experts])
+        parts = torch.split(x, counts[: self.num_experts])
         given = [self._expert(e, part) for e, part in enumerate(parts) if len(part)]
         out = torch.empty(tokens * k, given[0].shape[-1], dtype=given[0].dtype, device=x.device)
         out[order] = torch.cat(given)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from compressors.base import CompressionError
 from compressors.experts import expert_name, parts_of, unfuse
+from compressors.pages import drop_pages
 
 ALLOW_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _INDEX = "model.safetensors.index.json"
@@ -139,6 +140,12 @@ class Checkpoint:
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder}: tensor {name!r}: {error}") from error
         return tensor
+
+    def release(self, name: str) -> None:
+        """Let the kernel take back the pages of tensor `name`; reading it again maps them again."""
+        part = self._part(name)
+        tensor = self.tensor(part["name"] if part else name)
+        drop_pages(tensor.data_ptr(), tensor.nbytes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape from the header; no data is read."""

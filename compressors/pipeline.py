@@ -9,16 +9,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressors.apply import compress_linear
-from compressors.base import CompressionError, LayerReport, ProgressFn, Report, Sink
+from compressors.base import (
+    CompressionError,
+    Journal,
+    LayerReport,
+    Milestone,
+    ProgressFn,
+    Report,
+    Sink,
+)
 from compressors.calibration import Calibration
 from compressors.model import Checkpoint, set_tensor, torch_dtype, weight_of
+from compressors.observe import Observer, relative_error
+from compressors.parallel import Lanes
 from compressors.plan import (
     LinearPlan,
     Plan,
@@ -31,11 +42,25 @@ from compressors.plan import (
 from compressors.probe import DepthProbe
 from compressors.recipe import Recipe
 from compressors.registry import METHODS
-from compressors.tensor import LinearForm
 from compressors.walk import Source, Walk
 
-_SAMPLE_ROWS = 256  # inputs of each layer on which its error is reported
 _DEPTH_SHARE = 0.3  # of the progress, when blocks are chosen first
+_STATISTICS_BYTES = 512 * 2**20  # of the experts that are observed in one pass, K² floats each
+
+
+@dataclass(frozen=True)
+class Host:
+    """What a job may use.
+
+    Attributes:
+        device: where it computes.
+        threads: of the CPU; None is what torch would use. The result does not depend on it.
+        journal: keeps how far the job came; None when nothing could go on from there.
+    """
+
+    device: torch.device | str = "cpu"
+    threads: int | None = None
+    journal: Journal | None = None
 
 
 def compress(
@@ -47,12 +72,17 @@ def compress(
     progress: ProgressFn | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    host: Host | None = None,
 ) -> Report:
     """Compress the model into `sink`; equal arguments give equal bytes.
 
     The job is checked whole (architecture, shapes, calibration) before anything is written. Tensors
     that are not compressed reach the sink with the checkpoint's own bytes, except that a dense
     recipe casts to its dtype.
+
+    Args:
+        progress: told of every linear; raising from it cancels the job before the next one.
+        host: more than `device`, which it replaces.
 
     Raises:
         CompressionError: the job cannot be done; the message names the layer or setting at fault.
@@ -63,13 +93,15 @@ def compress(
         solve = METHODS[alone.method].load()
         report: Report = solve(checkpoint, alone, windows, sink, progress=progress, device=device)
         return report
-    job = _Job(recipe, sink, progress, device)
-    with torch.random.fork_rng(devices=[]):
+    host = host or Host(device)
+    with torch.random.fork_rng(devices=[]), _lanes(host) as lanes:
+        job = _Job(recipe, sink, progress, host, lanes)
         torch.manual_seed(seed)
         with job.timed("plan"):
             source = open_source(checkpoint)
             windows = _windows(source, recipe, calibration)
             make_plan(source, checkpoint.config, recipe)
+            start = job.resume()
         config = checkpoint.config
         if recipe.step("depth") and windows is not None:
             with job.timed("depth"):
@@ -78,9 +110,14 @@ def compress(
         with job.timed("write"):
             job.write_outside(plan)
         with job.timed("blocks"):
-            job.run(plan, windows)
+            job.run(plan, windows, start)
     tokens = 0 if windows is None else windows.numel()
     return Report(recipe.name, tuple(job.layers), job.skipped, job.seconds, tokens)
+
+
+def _lanes(host: Host) -> Lanes:
+    """On another device than the CPU, work is in order on one stream."""
+    return Lanes(host.threads if torch.device(host.device).type == "cpu" else 1)
 
 
 def _windows(source: Source, recipe: Recipe, calibration: Calibration | None) -> Tensor | None:
@@ -97,17 +134,15 @@ class _Job:
     """What one run of `compress` carries along: where things go and what was done."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        sink: Sink,
-        progress: ProgressFn | None,
-        device: torch.device | str,
+        self, recipe: Recipe, sink: Sink, progress: ProgressFn | None, host: Host, lanes: Lanes
     ) -> None:
-        self.recipe, self.sink, self.progress, self.device = recipe, sink, progress, device
+        self.recipe, self.sink, self.progress = recipe, sink, progress
+        self.device, self.journal, self.lanes = host.device, host.journal, lanes
         self.layers: list[LayerReport] = []
         self.skipped: dict[str, str] = {}
         self.seconds: dict[str, float] = {}
         self._cast = torch_dtype(recipe.dtype) if recipe.dtype else None
+        self._kept: tuple[int, ...] | None = None
         self._base, self._done = 0.0, 0
 
     @contextmanager
@@ -120,17 +155,29 @@ class _Job:
         if self.progress:
             self.progress(self._base + (1.0 - self._base) * share, what)
 
+    def resume(self) -> Milestone:
+        """Where to go on: what an earlier run of the same job left, or the beginning."""
+        milestone = None if self.journal is None else self.journal.load()
+        if milestone is None:
+            return Milestone(0, {})
+        facts = milestone.facts
+        self.layers = [LayerReport(**layer) for layer in facts["layers"]]
+        self.skipped = dict(facts["skipped"])
+        self._kept = None if facts["kept"] is None else tuple(facts["kept"])
+        return milestone
+
     def drop_blocks(self, source: Source, windows: Tensor) -> tuple[Source, dict[str, Any]]:
         """Choose the blocks to keep by measurement; the smaller model's source and config."""
         step = self.recipe.step("depth")
         assert step is not None
         total = len(source.blocks)
-        probe = DepthProbe(source, windows, lambda w: self.report(0.0, w), device=self.device)
-        kept = METHODS[step.method].load()(probe, kept=blocks_kept(total, step.percent))
-        for index in sorted(set(range(total)) - set(kept)):
+        if self._kept is None:
+            probe = DepthProbe(source, windows, lambda w: self.report(0.0, w), device=self.device)
+            self._kept = METHODS[step.method].load()(probe, kept=blocks_kept(total, step.percent))
+        for index in sorted(set(range(total)) - set(self._kept)):
             self.skipped[source.blocks.prefix(index)] = "dropped as least important"
         self._base = _DEPTH_SHARE
-        return keep_blocks(source, kept)
+        return keep_blocks(source, self._kept)
 
     def write_outside(self, plan: Plan) -> None:
         """The config and everything that is in no block."""
@@ -142,64 +189,102 @@ class _Job:
         for name in plan.source.outside():
             self._pass_through(plan, name)
 
-    def run(self, plan: Plan, windows: Tensor | None) -> None:
-        """Compress and write every block."""
+    def run(self, plan: Plan, windows: Tensor | None, start: Milestone) -> None:
+        """Compress and write every block from `start` on."""
         methods = [
             step.method
             for step in self.recipe.steps
             if step.kind != "depth" and step.needs_calibration
         ]
-        walk = None
+        for rows in plan.linears[: start.blocks]:
+            self._done += sum(row.shape[0] * row.shape[1] for row in rows if row.steps)
         if methods and windows is not None:
-            walk = Walk(plan.source, windows, device=self.device)
-        for index, linears in enumerate(plan.linears):
-            done: set[str] = set()
-            for row in linears:
-                if row.note and not row.steps:
-                    self.skipped[row.module] = row.note
-            if walk is not None:
-                self._calibrated_block(plan, walk, index, methods, done)
-            else:
-                for row in linears:
+            self._run_calibrated(plan, windows, start, methods)
+        else:
+            self._run_plain(plan, start)
+
+    def _run_plain(self, plan: Plan, start: Milestone) -> None:
+        """Every linear by itself, whatever block it is of."""
+
+        def compress(row: LinearPlan) -> LayerReport:
+            module = plan.source.model.get_submodule(row.module)
+            stored = weight_of(module, plan.source.read(f"{row.module}.weight"))
+            return self._linear(plan, row, stored.to(self.device), None)[0]
+
+        left = plan.linears[start.blocks :]
+        jobs = (row for rows in left for row in rows if row.steps)
+        with closing(self.lanes.map(compress, jobs)) as layers:
+            for index, rows in enumerate(left, start.blocks):
+                for row in rows:
                     if row.steps:
-                        self._plain_linear(plan, row)
-                        done.add(f"{row.name}.weight")
-            prefix = plan.source.blocks.prefix(index)
-            for name, full in plan.source.of_block(index).items():
-                if name not in done:
-                    self._pass_through(plan, full)
-            self.report((index + 1) / len(plan.linears), f"{prefix} done")
+                        self._compressed(plan, row, next(layers))
+                self._finish(plan, index, {f"{row.name}.weight" for row in rows if row.steps})
 
-    def _calibrated_block(
-        self, plan: Plan, walk: Walk, index: int, methods: Sequence[str], done: set[str]
+    def _run_calibrated(
+        self, plan: Plan, windows: Tensor, start: Milestone, methods: Sequence[str]
     ) -> None:
-        block = walk.load(index)
-        rows = {row.name: row for row in plan.linears[index] if row.steps}
-        groups = walk.input_groups(index, list(rows))
-        for group in groups:
-            width = rows[group[0]].shape[1]
-            observer = _Observer(methods, width, self.device)
-            walk.observe(index, group[0], observer)
-            for name in group:
-                linear = block.get_submodule(name)
-                form = self._linear(plan, rows[name], weight_of(linear), observer)
-                dense = form.dense(torch.float32).to(self.device)
-                transposed = weight_of(linear, dense)
-                set_tensor(linear, "weight", transposed.contiguous())
-                done.add(f"{name}.weight")
-        for name in rows.keys() - {n for group in groups for n in group}:
-            self.skipped[rows[name].module] = "calibration text never reached it: left dense"
-        walk.advance(index)
-        walk.free(index)
+        """Block by block, each on what the compressed blocks before it give."""
+        walk = Walk(plan.source, windows, device=self.device, lanes=self.lanes)
+        if start.blocks:
+            walk.hidden = [hidden.to(self.device) for hidden in start.hidden]
+        for index in range(start.blocks, len(plan.linears)):
+            walk.load(index)
+            rows = {row.name: row for row in plan.linears[index] if row.steps}
+            left = set(rows)
+            for stage in walk.stages(index, list(rows)):
+                for groups in _portions(stage, rows):
+                    self._observed(plan, walk, index, groups, methods)
+                left -= {name for group in stage for name in group}
+            for name in sorted(left, key=list(rows).index):
+                self._unreached(plan, walk, index, rows[name], methods)
+            walk.advance(index)
+            walk.free(index)
+            done = {f"{name}.weight" for name in rows}
+            self._finish(plan, index, done, tuple(walk.hidden))
 
-    def _plain_linear(self, plan: Plan, row: LinearPlan) -> None:
-        module = plan.source.model.get_submodule(row.module)
-        stored = plan.source.read(f"{row.module}.weight")
-        self._linear(plan, row, weight_of(module, stored).to(self.device), None)
+    def _observed(
+        self, plan: Plan, walk: Walk, index: int, groups: list[list[str]], methods: Sequence[str]
+    ) -> None:
+        """Compress linears of block `index` on what one pass over the text shows them."""
+        rows = {row.name: row for row in plan.linears[index]}
+        observers = {
+            group[0]: Observer(methods, rows[group[0]].shape[1], self.device) for group in groups
+        }
+        for seen in walk.inputs(index, list(observers)):
+            for name, x in seen.items():
+                observers[name](x)
+        names = [(name, observers[group[0]]) for group in groups for name in group]
+
+        def compress(item: tuple[str, Observer]) -> LayerReport:
+            return self._in_place(plan, walk, index, rows[item[0]], item[1])
+
+        with closing(self.lanes.map(compress, names)) as layers:
+            for (name, _), layer in zip(names, layers, strict=True):
+                self._compressed(plan, rows[name], layer)
+
+    def _unreached(
+        self, plan: Plan, walk: Walk, index: int, row: LinearPlan, methods: Sequence[str]
+    ) -> None:
+        note = "calibration text never reached it: all its inputs were taken as alike"
+        observer = Observer(methods, row.shape[1], self.device)
+        observer.assume_all_alike()
+        layer = self._in_place(plan, walk, index, row, observer)
+        layer = replace(layer, note="; ".join(filter(None, (layer.note, note))))
+        self._compressed(plan, row, layer)
+
+    def _in_place(
+        self, plan: Plan, walk: Walk, index: int, row: LinearPlan, observer: Observer
+    ) -> LayerReport:
+        """Compress a linear of a loaded block, which computes with the result from now on."""
+        linear = plan.source.blocks.modules[index].get_submodule(row.name)
+        layer, dense = self._linear(plan, row, weight_of(linear), observer)
+        set_tensor(linear, "weight", weight_of(linear, dense).contiguous())
+        return layer
 
     def _linear(
-        self, plan: Plan, row: LinearPlan, weight: Tensor, observer: _Observer | None
-    ) -> LinearForm:
+        self, plan: Plan, row: LinearPlan, weight: Tensor, observer: Observer | None
+    ) -> tuple[LayerReport, Tensor]:
+        """Compress weight [N, K] into the sink; also what it now stands for, float32 [N, K]."""
         start = time.perf_counter()
         stored = plan.source.read(f"{row.module}.weight")
         weight = weight.float()
@@ -209,56 +294,67 @@ class _Job:
         except ValueError as error:
             raise CompressionError(f"{row.module}: {error}") from error
         self.sink.linear(row.module, form)
-        self.layers.append(
-            LayerReport(
-                module=row.module,
-                scheme=form.scheme,
-                bytes_before=stored.numel() * stored.element_size(),
-                bytes_after=form.nbytes,
-                relative_error=_relative_error(weight, form, observer),
-                seconds=round(time.perf_counter() - start, 4),
-                note=row.note,
-            )
+        dense = form.dense(torch.float32).to(self.device)
+        layer = LayerReport(
+            module=row.module,
+            scheme=form.scheme,
+            bytes_before=stored.numel() * stored.element_size(),
+            bytes_after=form.nbytes,
+            relative_error=relative_error(weight, dense, observer.sample if observer else None),
+            seconds=round(time.perf_counter() - start, 4),
+            note=row.note,
         )
-        self._done += weight.numel()
+        plan.source.release(f"{row.module}.weight")
+        return layer, dense
+
+    def _compressed(self, plan: Plan, row: LinearPlan, layer: LayerReport) -> None:
+        self.layers.append(layer)
+        self._done += row.shape[0] * row.shape[1]
         self.report(self._done / plan.weights, row.module)
-        return form
+
+    def _finish(
+        self, plan: Plan, index: int, done: set[str], hidden: tuple[Tensor, ...] = ()
+    ) -> None:
+        """What stays as it is of block `index`; then the block is done."""
+        for row in plan.linears[index]:
+            if row.note and not row.steps:
+                self.skipped[row.module] = row.note
+        for name, full in plan.source.of_block(index).items():
+            if name not in done:
+                self._pass_through(plan, full)
+        self._note_fused(plan, index)
+        if self.journal is not None and index + 1 < len(plan.linears):
+            layers = [asdict(layer) for layer in self.layers]
+            facts = {"layers": layers, "skipped": self.skipped, "kept": self._kept}
+            self.journal.save(Milestone(index + 1, facts, hidden))
+        self.report((index + 1) / len(plan.linears), f"{plan.source.blocks.prefix(index)} done")
+
+    def _note_fused(self, plan: Plan, index: int) -> None:
+        """Matrices that are no linears are left alone, and the report says so."""
+        if not any(row.steps for row in plan.linears[index]):
+            return
+        prefix = plan.source.blocks.prefix(index)
+        for name, parameter in plan.source.blocks.modules[index].named_parameters():
+            if parameter.ndim > 2:
+                self.skipped[f"{prefix}.{name}"] = "a fused parameter of an unknown kind"
 
     def _pass_through(self, plan: Plan, name: str) -> None:
         tensor = plan.source.read(name)
         if self._cast is not None and tensor.is_floating_point():
             tensor = tensor.to(self._cast)
         self.sink.tensor(name, tensor)
+        plan.source.release(name)
 
 
-class _Observer:
-    """Statistics of one input for every method that needs one, and a sample of its rows."""
-
-    def __init__(self, methods: Sequence[str], width: int, device: torch.device | str) -> None:
-        modules = {name: METHODS[name].module() for name in methods}
-        # Methods that accumulate the same thing share it.
-        shared: dict[Any, Any] = {}
-        for module in modules.values():
-            if module.accumulate not in shared:
-                shared[module.accumulate] = module.empty(width, device)
-        self._shared = shared
-        self.statistics: Mapping[str, Any] = {
-            name: shared[module.accumulate] for name, module in modules.items()
-        }
-        self.sample: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
-        if self.sample is None:
-            self.sample = rows[:: max(1, len(rows) // _SAMPLE_ROWS)][:_SAMPLE_ROWS].float().clone()
-        for accumulate, statistic in self._shared.items():
-            accumulate(statistic, rows)
-
-
-def _relative_error(weight: Tensor, form: LinearForm, observer: _Observer | None) -> float:
-    """‖X(W−Ŵ)ᵀ‖ / ‖XWᵀ‖ on the sample, or ‖W−Ŵ‖ / ‖W‖ without one."""
-    error = weight - form.dense(torch.float32).to(weight.device)
-    if observer is not None and observer.sample is not None:
-        error, weight = observer.sample @ error.t(), observer.sample @ weight.t()
-    norm = float(weight.norm())
-    return float(error.norm()) / norm if norm else 0.0
+def _portions(stage: list[list[str]], rows: Mapping[str, LinearPlan]) -> Iterator[list[list[str]]]:
+    """The groups of a stage in portions whose statistics fit into memory together."""
+    portion: list[list[str]] = []
+    taken = 0
+    for group in stage:
+        need = 4 * rows[group[0]].shape[1] ** 2
+        if portion and taken + need > _STATISTICS_BYTES:
+            yield portion
+            portion, taken = [], 0
+        portion.append(group)
+        taken += need
+    yield portion

@@ -7,8 +7,9 @@ rotary embeddings, positions), then every block is called alone.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from compressors.base import CompressionError
+from compressors.experts import Routed
 from compressors.model import Blocks, Checkpoint, set_tensor
+from compressors.parallel import Lanes
 
 BATCH_TOKENS = 4096
 Observer = Callable[[Tensor], None]
@@ -56,6 +59,10 @@ class Source:
         edit = self.edits.get(name)
         return tensor if edit is None else edit(tensor)
 
+    def release(self, name: str) -> None:
+        """Nobody needs the memory behind parameter `name` now; reading it again is fine."""
+        self.checkpoint.release(self.names[name])
+
     def of_block(self, index: int) -> dict[str, str]:
         """Parameter name inside block `index` → its full name."""
         prefix = self.blocks.prefix(index) + "."
@@ -74,6 +81,7 @@ class Walk:
     Attributes:
         windows: token ids int64 [n, length].
         dtype: computed in; None is the checkpoint's own, for which the CPU copies no weight.
+        lanes: where batches run side by side.
         hidden: batches [B, length, hidden size], the inputs of the next block.
     """
 
@@ -81,6 +89,7 @@ class Walk:
     windows: Tensor
     dtype: torch.dtype | None = torch.float32
     device: torch.device | str = "cpu"
+    lanes: Lanes = field(default_factory=lambda: Lanes(1))
     hidden: list[Tensor] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,6 +108,7 @@ class Walk:
         block = self.source.blocks.modules[index]
         for name, full in self.source.of_block(index).items():
             set_tensor(block, name, self._tensor(full))
+            self.source.release(full)
         return block
 
     def free(self, index: int) -> None:
@@ -117,47 +127,73 @@ class Walk:
 
     def advance(self, index: int) -> None:
         """Carry every batch through block `index`, in place."""
-        for i, hidden in enumerate(self.hidden):
-            self.hidden[i] = self.run(index, hidden)
+        runs = self.lanes.map(lambda hidden: self.run(index, hidden), self.hidden)
+        for i, result in enumerate(runs):
+            self.hidden[i] = result
 
-    def input_groups(self, index: int, names: Sequence[str]) -> list[list[str]]:
-        """The linears of block `index` in order of execution, those with one input together.
+    def stages(self, index: int, names: Sequence[str]) -> list[list[list[str]]]:
+        """The linears of block `index` in order of execution, as groups of one input each.
 
-        Linears that the block does not call are left out.
+        Groups of one stage do not see each other's results: those of different experts. Linears
+        that no batch reaches are left out.
         """
         block = self.source.blocks.modules[index]
-        seen: list[tuple[str, Tensor]] = []  # inputs are held, so that no address is used twice
+        groups: list[list[str]] = []
+        done: set[str] = set()
+        for hidden in self.hidden:
+            for group in self._input_groups(block, index, hidden, set(names) - done):
+                groups.append(group)
+                done.update(group)
+            if len(done) == len(names):
+                break
+        stages: dict[str, list[list[str]]] = {}
+        for group in groups:
+            stages.setdefault(_stage(block, group[0]), []).append(group)
+        return list(stages.values())
+
+    def _input_groups(
+        self, block: nn.Module, index: int, hidden: Tensor, names: set[str]
+    ) -> list[list[str]]:
+        """The linears `names` that one batch reaches, those with one input together."""
+        seen: dict[str, Tensor] = {}  # inputs are held, so that no address is used twice
 
         def seer(name: str) -> Observer:
-            return lambda x: seen.append((name, x))
+            def see(x: Tensor) -> None:
+                seen.setdefault(name, x)
+
+            return see
 
         with _hooks(block, {name: seer(name) for name in names}):
-            self.run(index, self.hidden[0])
+            self.run(index, hidden)
         groups: list[tuple[Tensor, list[str]]] = []
-        done: set[str] = set()
-        for name, x in seen:
-            if name in done:
-                continue
-            done.add(name)
+        for name, x in seen.items():
             if groups and _same(groups[-1][0], x):
                 groups[-1][1].append(name)
             else:
                 groups.append((x, [name]))
         return [group for _, group in groups]
 
-    def observe(self, index: int, name: str, observer: Observer) -> None:
-        """Give `observer` the input of linear `name` of block `index`, batch by batch."""
+    def inputs(self, index: int, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """For every batch in order, the inputs of those of the linears `names` that it reaches."""
+        local = threading.local()
 
-        def stop_after(x: Tensor) -> None:
-            observer(x)
-            raise _Stop
+        def seer(name: str) -> Observer:
+            def see(x: Tensor) -> None:
+                local.seen.setdefault(name, x)
+                if len(names) == 1:
+                    raise _Stop
 
-        with _hooks(self.source.blocks.modules[index], {name: stop_after}):
-            for hidden in self.hidden:
-                try:
-                    self.run(index, hidden)
-                except _Stop:
-                    continue
+            return see
+
+        def one(hidden: Tensor) -> dict[str, Tensor]:
+            local.seen = {}
+            with suppress(_Stop):
+                self.run(index, hidden)
+            seen: dict[str, Tensor] = local.seen
+            return seen
+
+        with _hooks(self.source.blocks.modules[index], {name: seer(name) for name in names}):
+            yield from self.lanes.map(one, self.hidden)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -273,6 +309,14 @@ def _hooks(block: nn.Module, observers: Mapping[str, Observer]) -> Iterator[None
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _stage(block: nn.Module, name: str) -> str:
+    """Equal for linears that stand at the same place in sibling experts, else the name itself."""
+    path, _, leaf = name.rpartition(".")
+    owner = path.rpartition(".")[0]
+    is_expert = owner and isinstance(block.get_submodule(owner), Routed)
+    return f"{owner}.*.{leaf}" if is_expert else name
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
