@@ -19,6 +19,9 @@ SCHEMES: dict[str, str] = {
     "sparse24": "gateway.engine.kernels.sparse24",
     "lowrank": "gateway.engine.kernels.lowrank",
     "scaled": "gateway.engine.kernels.scaled",
+    "int8": "gateway.engine.kernels.int8",
+    "float8": "gateway.engine.kernels.float8",
+    "outlier": "gateway.engine.kernels.outlier",
     "nested": "gateway.engine.kernels.nested",
 }
 

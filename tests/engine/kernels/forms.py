@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressors.forms.float8 import Float8
+from compressors.forms.int8 import Int8
 from compressors.forms.nested import Nested
+from compressors.forms.outlier import Outlier
 from compressors.forms.scaled import Scaled
 from compressors.tensor import Dense, Grouped, LinearForm, LowRank, Sparse24
 
@@ -59,6 +62,24 @@ def sparse(shape: tuple[int, int], values: LinearForm | None = None) -> Sparse24
     return Sparse24(values or dense((shape[0], shape[1] // 2)), kept(shape))
 
 
+def int8(shape: tuple[int, int]) -> Int8:
+    codes = torch.randint(-127, 128, shape, dtype=torch.int8)
+    return Int8(codes, torch.rand(shape[0]) * 0.01 + 1e-4)
+
+
+def float8(shape: tuple[int, int]) -> Float8:
+    return Float8(torch.randn(shape).to(torch.float8_e4m3fn), torch.rand(shape[0]) + 0.1)
+
+
+def outlier(shape: tuple[int, int], columns: int = 3) -> Outlier:
+    picked = torch.randperm(shape[1])[:columns].sort().values
+    rest = int8(shape)
+    rest.codes[:, picked] = 0
+    used = torch.ones(shape[1]).index_fill_(0, picked, 0.0)
+    apart = dense((shape[0], columns))
+    return Outlier(Int8(rest.codes, rest.scales, used), apart, picked.to(torch.int32))
+
+
 def every(n: int = 33, k: int = 100) -> dict[str, LinearForm]:
     """One form per kind of storage and kernel; k is a multiple of 4."""
     forms: dict[str, LinearForm] = {
@@ -86,5 +107,8 @@ def every(n: int = 33, k: int = 100) -> dict[str, LinearForm]:
         "nested": nested((n, k)),
         "nested-act-order": nested((n, k), perm=True),
         "nested-fraction": nested((n, k), zeros="fraction"),
+        "w8a8": int8((n, k)),
+        "w8a8-outlier": outlier((n, k)),
+        "fp8": float8((n, k)),
     }
     return forms

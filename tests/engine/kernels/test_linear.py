@@ -30,7 +30,7 @@ def tolerance(layer: KernelLinear, weight: Tensor, x: Tensor) -> Tensor:
     """What rounding may cost at worst, [M, N]: activations to int8, everything else to bf16."""
     absolute = x.double().abs() @ weight.abs().T
     rounded = 2.0**-7 * absolute
-    if any(type(module).__name__ == "GroupedLinear" for module in layer.modules()):
+    if {type(module).__name__ for module in layer.modules()} & {"GroupedLinear", "Int8Linear"}:
         rounded += x.double().abs().amax(-1, keepdim=True) / 254 * weight.abs().sum(1)
     return rounded + 2.0**-7 * (0 if layer.bias is None else layer.bias.double().abs()) + 1e-30
 
@@ -47,8 +47,9 @@ def check(layer: KernelLinear, weight: Tensor, x: Tensor, bias: Tensor | None) -
 
 
 def bias_of(layer: KernelLinear) -> Tensor | None:
-    inner = getattr(layer, "left", getattr(layer, "form", layer))
-    return inner.bias if isinstance(inner, KernelLinear) else None
+    """A layer of several gives its bias to one of them."""
+    inside = (m.bias for m in layer.modules() if isinstance(m, KernelLinear))
+    return next((bias for bias in inside if bias is not None), None)
 
 
 @FLOATS
