@@ -60,6 +60,8 @@ def _step_quality(step: Step) -> tuple[Quality, float]:
     prior = METHODS[step.method].prior
     if step.kind in ("embed", "kv"):
         return prior[step.bits], 1.0
+    if METHODS[step.method].spelled == "name":
+        return prior[step.bits], 1.0
     if step.kind == "quantize":
         factor = (
             _PER_CHANNEL_FACTOR

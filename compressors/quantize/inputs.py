@@ -5,6 +5,7 @@ Pure tensors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ class Inputs:
 
     @property
     def rms(self) -> float:
-        return self.square**0.5
+        return math.sqrt(self.square)
 
 
 def empty(in_features: int, device: torch.device | str = "cpu") -> Inputs:
