@@ -111,9 +111,12 @@ class DiskStore:
     def manifest_path(self, key: str) -> Path:
         return self._manifests / f"{check_key(key)}.json"
 
-    def writer(self, key: str) -> ArtifactWriter:
-        """Start an artifact. Raises `CacheError` for a bad key or an unusable folder."""
-        return ArtifactWriter(self, check_key(key))
+    def writer(self, key: str, *, resume: bool = False) -> ArtifactWriter:
+        """Start an artifact, or go on with one whose writer was killed if `resume`.
+
+        Raises `CacheError` for a bad key or an unusable folder.
+        """
+        return ArtifactWriter(self, check_key(key), resume=resume)
 
     def published(self, key: str) -> None:
         """A writer has published `key`: count its first use and come back under the budget."""

@@ -61,6 +61,11 @@ def check_digest(digest: str) -> str:
     return digest
 
 
+def is_digest(text: str) -> bool:
+    """Whether `text` is 64 hex digits."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 def check_namespace(namespace: str) -> str:
     """`namespace` itself. Raises `CacheError` unless it is a short lower-case word."""
     if not _NAMESPACE.fullmatch(namespace):

@@ -1,8 +1,9 @@
 """Making one artifact: blobs go to a private staging folder and appear all at once, or never.
 
 The staging folder is locked by its writer, so whoever cleans up knows debris from work without
-looking at clocks. Blobs that the store already has are held by a hard link instead of being written
-again: an eviction meanwhile cannot take them away.
+looking at clocks. It is named after its key: what a killed writer left can be taken over by the
+next one of the same artifact. Blobs that the store already has are held by a hard link instead of
+being written again: an eviction meanwhile cannot take them away.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing_extensions import Buffer
 from cache.blobs import hash_bytes, hash_threads, stamp_of
 from cache.errors import CacheError, ClaimLost, CorruptArtifact
 from cache.files import clear_errors, sync_all, try_lock, write_all, write_atomic
-from cache.keys import check_digest
+from cache.keys import check_digest, is_digest
 from cache.manifest import Manifest, TensorRecord
 
 if TYPE_CHECKING:
@@ -38,21 +39,50 @@ class ArtifactWriter:
     """Writes one artifact. A context manager: leaving it without `commit` leaves nothing behind.
 
     Not thread-safe; one artifact, one writer. Made by `DiskStore.writer`.
+
+    Attributes:
+        folder: where it is staged. Whoever writes may keep notes there, which outlive only a kill.
+        resumed: it was taken over from a killed writer, with every whole blob that one had put.
     """
 
-    def __init__(self, store: DiskStore, key: str) -> None:
+    def __init__(self, store: DiskStore, key: str, *, resume: bool = False) -> None:
         self.key = key
         self._store = store
         self._room = 0
         self._staged: set[str] = set()
         self._written: set[str] = set()
         self._closed = False
-        self._folder = store.staging / uuid.uuid4().hex
+        self.folder = store.staging / f"{key}.{uuid.uuid4().hex}"
         with clear_errors(f"cannot write to the cache at {store.root}"), store.locked():
-            self._folder.mkdir()
-            lock = try_lock(self._folder / LOCK_NAME, fcntl.LOCK_EX, os.O_RDWR | os.O_CREAT)
+            lock = self._take_over() if resume else None
+            self.resumed = lock is not None
+            if lock is None:
+                self.folder.mkdir()
+                lock = try_lock(self.folder / LOCK_NAME, fcntl.LOCK_EX, os.O_RDWR | os.O_CREAT)
         assert lock is not None  # the folder is new and nobody else knows its name
         self._lock = lock
+        if self.resumed:
+            with clear_errors(f"cannot go on with artifact {key}"):
+                self._prove()
+
+    def _take_over(self) -> int | None:
+        """The lock of the folder that a dead writer of this key left; None when there is none."""
+        for folder in self._store.staging.glob(f"{self.key}.*"):
+            if (lock := try_lock(folder / LOCK_NAME, fcntl.LOCK_EX)) is not None:
+                self.folder = folder
+                return lock
+        return None
+
+    def _prove(self) -> None:
+        """Take in the blobs that are what their names say; remove torn and half-written ones."""
+        for path in self.folder.iterdir():
+            if path.suffix == ".part":
+                path.unlink()
+            elif is_digest(path.name):
+                if blake3().update_mmap(path).hexdigest() == path.name:
+                    self.staged(path.name)
+                else:
+                    path.unlink()
 
     def put(self, name: str, data: Buffer, dtype: str, shape: Sequence[int]) -> TensorRecord:
         """Store one tensor's bytes (C-contiguous, little-endian) and describe it.
@@ -82,7 +112,7 @@ class ArtifactWriter:
         if not self._store.blobs.present(check_digest(digest), nbytes):
             return False
         try:
-            os.link(self._store.blobs.path(digest), self._folder / digest)
+            os.link(self._store.blobs.path(digest), self.folder / digest)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -92,6 +122,10 @@ class ArtifactWriter:
                 raise
         self._staged.add(digest)
         return True
+
+    def has(self, digest: str) -> bool:
+        """Whether the blob is staged."""
+        return digest in self._staged
 
     def staged(self, digest: str) -> None:
         """A `BlobWriter` has put `digest`, proven, into the staging folder."""
@@ -104,7 +138,7 @@ class ArtifactWriter:
         if nbytes > self._room:
             self._room = self._store.make_room(nbytes)
         self._room -= nbytes
-        return BlobWriter(self, self._folder, nbytes)
+        return BlobWriter(self, self.folder, nbytes)
 
     def commit(self, manifest: Manifest, *, guard: Callable[[], bool] | None = None) -> None:
         """Publish: from here on `DiskStore.read` serves it. A second commit of a key replaces it.
@@ -127,9 +161,9 @@ class ArtifactWriter:
         data = manifest.to_json()
         Manifest.from_json(data)  # what cannot be read back must not be published
         with clear_errors(f"cannot publish artifact {self.key}"):
-            sync_all(self._folder / digest for digest in self._written)
+            sync_all(self.folder / digest for digest in self._written)
             # A rename keeps the stamp, and whatever happens to the file afterwards changes it.
-            stamps = {d: stamp_of((self._folder / d).stat()) for d in self._written}
+            stamps = {d: stamp_of((self.folder / d).stat()) for d in self._written}
         with clear_errors(f"cannot publish artifact {self.key}"), self._store.locked():
             if guard is not None and not guard():
                 raise ClaimLost(f"artifact {self.key}: another builder took over")
@@ -145,7 +179,7 @@ class ArtifactWriter:
         if self._closed:
             return
         self._closed = True
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._lock)
 
     def _publish_blobs(self, manifest: Manifest) -> None:
@@ -155,7 +189,7 @@ class ArtifactWriter:
             target = self._store.blobs.path(digest)
             if not self._store.blobs.present(digest, nbytes):
                 target.parent.mkdir(exist_ok=True)
-                (self._folder / digest).replace(target)
+                (self.folder / digest).replace(target)
                 folders.add(target.parent)
         if folders:
             sync_all([*folders, self._store.blobs.folder])
