@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compressors import gram
+from compressors.forms.sparse import Bitmap
 from compressors.prune.magnitude import mask_of
 from compressors.recipe import Step
 from compressors.registry import METHODS
@@ -45,7 +46,7 @@ def compress_linear(
         if step.kind == "lowrank":
             form = solve(weight, statistic, rank=rank)
         elif step.kind == "sparse":
-            form = solve(weight, statistic)
+            form = solve(weight, statistic, pattern=step.pattern)
         else:
             form = _quantize(form, weight, step, statistic)
     return form.stored_as(dtype)
@@ -59,11 +60,11 @@ def _quantize(form: LinearForm, weight: Tensor, step: Step, statistic: Any) -> L
         if statistic is not None:  # the left factor's inputs are what the right one gives
             statistic = gram.project(statistic, right.dense())
         return LowRank(_solve(form.left.dense(), step, statistic), right)
-    assert isinstance(form, Sparse24)
+    assert isinstance(form, (Sparse24, Bitmap))
     if statistic is None:
         return replace(form, values=_solve(form.values.dense(), step, None))
     # Jointly with the pruning: what is dropped is repaired like a rounding error.
-    mask = mask_of(form.index)
+    mask = mask_of(form)
     return replace(form, values=_solve(weight, step, statistic, form.values.shape[1], mask=mask))
 
 

@@ -68,3 +68,18 @@ def cholesky(gram: Gram, share: float, dtype: torch.dtype = torch.float32) -> Te
         if not int(info):
             return factor
         share = max(share * 10, 1e-6)
+
+
+def inverse_factor(gram: Gram, share: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped matrix: what GPTQ and SparseGPT read.
+
+    Raises:
+        ValueError: the matrix is not finite.
+    """
+    while True:
+        inverse = torch.cholesky_inverse(cholesky(gram, share))
+        factor: Tensor
+        factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not int(info):
+            return factor
+        share *= 10  # float32 lost definiteness in the inverse

@@ -150,9 +150,11 @@ def _fit(recipe: Recipe, n: int, k: int) -> tuple[tuple[Step, ...], int, str]:
     for step in recipe.steps:
         if step.kind == "depth":
             continue
-        if step.kind == "sparse" and k % 4:
+        if step.kind == "sparse" and step.pattern == "24" and k % 4:
             notes.append(f"{k} columns are no multiple of 4: not pruned")
             continue
+        if step.kind == "sparse" and step.pattern == "48" and k % 8:
+            notes.append(f"last group of 8 has {k % 8} columns")
         if step.kind == "lowrank":
             rank = rank_of(n, k, step.percent)
             if not rank:

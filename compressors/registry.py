@@ -7,7 +7,7 @@ What `target` points at, by kind (weights are float32 `[N, K]`):
 
 - `quantize`: `solve(weight, statistic, *, bits, group, symmetric) -> LinearForm`
   (with `spelled` nested also `high`, the `solve` of the base method)
-- `sparse`:   `solve(weight, statistic) -> Sparse24`
+- `sparse`:   `solve(weight, statistic, *, pattern) -> Sparse24` for 2:4, else `Bitmap`
 - `lowrank`:  `solve(weight, statistic, *, rank) -> LowRank`
 - `depth`:    `solve(probe, *, kept) -> tuple[int, ...]`, the decoder blocks to keep
 - with `whole_model`, of whatever kind: `solve(checkpoint, step, windows, sink, *, progress, device)
@@ -16,7 +16,7 @@ What `target` points at, by kind (weights are float32 `[N, K]`):
 A method that needs calibration has two more functions beside `solve`: `empty(in_features, device)`
 and `accumulate(statistic, x)`; methods that share these two functions share the statistic. A
 quantizer that can follow `sparse` and needs calibration also takes `mask` (bool [N, K], False where
-pruned).
+pruned, equally many True per row); its groups and its result, [N, kept], are then of what is kept.
 """
 
 from __future__ import annotations
@@ -177,6 +177,9 @@ METHODS: dict[str, Method] = {
         "magnitude", "sparse", "pruning", f"{_PRUNE}.magnitude:solve", False, priors.MAGNITUDE
     ),
     "wanda": Method("wanda", "sparse", "pruning", f"{_PRUNE}.wanda:solve", True, priors.WANDA),
+    "sparsegpt": Method(
+        "sparsegpt", "sparse", "pruning", f"{_PRUNE}.sparsegpt:solve", True, priors.SPARSEGPT
+    ),
     "depth": Method("depth", "depth", "pruning", f"{_PRUNE}.depth:solve", True, priors.DEPTH),
     "svd": Method("svd", "lowrank", "lowrank", f"{_LOWRANK}.svd:solve", True, priors.SVD),
 }

@@ -1,7 +1,8 @@
 """Wanda (Sun et al. 2023, arXiv:2306.11695): prune by weight times input norm, no weight update.
 
-Score of weight w_ij (eq. 1): S_ij = |w_ij| · ‖X_j‖₂, compared inside each row's groups of four
-(section 4, structured N:M). Pure tensors; the statistic is one number per input column.
+Score of weight w_ij (eq. 1): S_ij = |w_ij| · ‖X_j‖₂, compared per output row (section 3), or
+inside each row's groups of four or eight (structured N:M). Pure tensors; the statistic is one
+number per input column.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressors.prune.magnitude import compact, keep_best
+from compressors.forms.sparse import Bitmap
+from compressors.prune.magnitude import GROUPS, compact, keep_best
 from compressors.tensor import Sparse24
 
 
@@ -35,12 +37,13 @@ def accumulate(energy: Energy, x: Tensor) -> None:
     energy.tokens += rows.shape[0]
 
 
-def solve(weight: Tensor, statistic: Energy) -> Sparse24:
-    """Prune weight [N, K] (float32, K a multiple of 4) for inputs with the given statistic.
+def solve(weight: Tensor, statistic: Energy, *, pattern: str) -> Sparse24 | Bitmap:
+    """Prune weight [N, K] (float32; K a multiple of 4 for 2:4) for inputs with the given statistic.
 
     Raises:
-        ValueError: the statistic is not finite, or K is not a multiple of 4.
+        ValueError: the statistic is not finite, or K is no multiple of 4 where it must be.
     """
     if not bool(torch.isfinite(statistic.squares).all()):
         raise ValueError("the calibration inputs are not finite")
-    return compact(weight, keep_best(weight.abs() * statistic.squares.sqrt()))
+    score = weight.abs() * statistic.squares.sqrt()
+    return compact(weight, keep_best(score, GROUPS[pattern]), pattern)

@@ -100,9 +100,4 @@ def _factor(statistic: Gram, act_order: bool, damping: float) -> tuple[Tensor, T
     if act_order:
         order = torch.argsort(statistic.matrix.diagonal(), descending=True, stable=True)
         statistic = Gram(statistic.matrix[order][:, order], statistic.tokens)
-    while True:
-        inverse = torch.cholesky_inverse(grams.cholesky(statistic, damping))
-        factor, info = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not int(info):
-            return factor, order
-        damping *= 10  # float32 lost definiteness in the inverse
+    return grams.inverse_factor(statistic, damping), order

@@ -3,7 +3,7 @@
 A multiply and an add count as two, as in Kaplan et al. (arXiv:2001.08361, section 2.1) and the PaLM
 paper's model FLOPs utilisation (arXiv:2204.02311, appendix B). Norms, activations, rotary
 embedding, softmax and look-ups are left out: they are small beside the linears. Quantization
-changes bytes, not operations; low rank, 2:4 sparsity and dropped layers change operations.
+changes bytes, not operations; low rank, sparsity and dropped layers change operations.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compressors.forms.sparse import Bitmap
 from compressors.model import parse_config
 from compressors.tensor import LinearForm, LowRank, Sparse24
 
@@ -34,10 +35,10 @@ class Flops:
 
 def linear_flops(weight: LinearForm | Shape) -> int:
     """Operations of one linear on one token: 2·N·K for a plain or quantized [N, K] weight, half of
-    that for 2:4 sparsity, 2·r·(N + K) for rank r."""
+    that for half sparsity, 2·r·(N + K) for rank r."""
     if isinstance(weight, LowRank):
         return linear_flops(weight.left) + linear_flops(weight.right)
-    if isinstance(weight, Sparse24):
+    if isinstance(weight, (Sparse24, Bitmap)):
         return linear_flops(weight.values)
     rows, columns = weight.shape if isinstance(weight, LinearForm) else weight
     return 2 * rows * columns

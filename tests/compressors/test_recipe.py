@@ -20,7 +20,11 @@ quantize = st.builds(
     st.sampled_from(["32", "64", "128", "ch"]),
 )
 middle = st.one_of(
-    st.builds("sparse24-{}".format, st.sampled_from(variants("sparse"))),
+    st.builds(
+        "sparse{}-{}".format,
+        st.sampled_from(["24", "48", "50"]),
+        st.sampled_from(variants("sparse")),
+    ),
     st.builds("lowrank-{}".format, st.integers(5, 99)),
 )
 depth = st.builds("depth-{}".format, st.integers(5, 99))
@@ -61,6 +65,7 @@ def test_an_estimate_is_possible_for_every_recipe_and_stacking_never_improves(na
         ("int4-gptq-g128", "quantization", True),
         ("sparse24-magnitude", "pruning", False),
         ("sparse24-wanda", "pruning", True),
+        ("sparse50-sparsegpt+int4-gptq-g64", "pruning", True),
         ("depth-75", "pruning", True),
         ("lowrank-80", "lowrank", True),
         ("lowrank-80+int8", "lowrank", True),
@@ -84,7 +89,6 @@ def test_one_recipe_has_one_name() -> None:
         ("int5-rtn-g64", "2, 3, 4, 8"),
         ("int4-magic-g64", "rtn, hqq, gptq"),
         ("int4-hqq-g64-sym", "no option 'sym'"),
-        ("sparse48-wanda", "sparse24-wanda"),
         ("int4-rtn-g7", "multiple of 8"),
         ("int4-rtn-g0", "multiple of 8"),
         ("sparse24-magic", "magnitude, wanda"),
