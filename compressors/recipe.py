@@ -61,8 +61,8 @@ class Recipe:
 
     @property
     def child(self) -> int:
-        """The bits of nested codes that are computed with; 0 where it means all."""
-        return next((step.child for step in self.steps if step.child), 0)
+        """The bits of nested codes that are computed with; 0 where it is all of them."""
+        return next((step.child for step in self.steps if 0 < step.child < step.bits), 0)
 
     @property
     def offers(self) -> tuple[Recipe, ...]:
@@ -70,9 +70,7 @@ class Recipe:
         if not any(step.base and not step.child for step in self.steps):
             return (self,)
         return tuple(
-            replace(
-                self, steps=tuple(replace(s, child=bits) if s.base else s for s in self.steps)
-            )
+            replace(self, steps=tuple(replace(s, child=bits) if s.base else s for s in self.steps))
             for bits in (8, 4)
         )
 
@@ -103,6 +101,4 @@ def expand(names: Iterable[str]) -> tuple[str, ...]:
     Raises:
         RecipeError: one is no level name.
     """
-    return tuple(
-        dict.fromkeys(level.name for name in names for level in Recipe.parse(name).offers)
-    )
+    return tuple(dict.fromkeys(level.name for name in names for level in Recipe.parse(name).offers))

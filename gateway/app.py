@@ -23,7 +23,7 @@ from cache.redis import RedisStore
 from cache.single_flight import SingleFlight
 from cache.tiered import ArtifactStore
 from cache.tiered import Tier as FetchTier
-from compressors.recipe import Recipe, RecipeError
+from compressors.recipe import RecipeError, expand
 from gateway.api import console, explain, health, levels, openai, policies
 from gateway.api.auth import AuthMiddleware
 from gateway.api.deps import Services
@@ -282,11 +282,10 @@ async def _ladder(model: Model, settings: Settings, documents: Documents) -> tup
 
 
 async def _backend(model: Model, names: tuple[str, ...], shared: Shared) -> Backend:
-    for name in names:
-        try:
-            Recipe.parse(name)
-        except RecipeError as error:
-            raise ConfigError(f"levels: {error}", param="levels") from None
+    try:
+        names = expand(names)
+    except RecipeError as error:
+        raise ConfigError(f"levels: {error}", param="levels") from None
     if model.fake is not None or model.path == "fake":
         return FakeBackend(model, names)
     from compressors.model import CheckpointError, resolve

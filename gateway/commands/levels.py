@@ -79,7 +79,7 @@ def compress(
     """Build one level into the cache, measure its card and print both."""
     level = level.strip()
     try:
-        Recipe.parse(level)
+        offered = Recipe.parse(level).offers[0].name  # of two levels in one artifact the better
     except RecipeError as error:
         raise InvalidRequest(f"--level takes one level: {error}", param="level") from None
     if export_format not in WRITERS:
@@ -96,7 +96,7 @@ def compress(
         eval_text=eval_text,
         cache_dir=cache_dir,
     )
-    facts = asyncio.run(_compress(settings, level, export, export_format))
+    facts = asyncio.run(_compress(settings, offered, export, export_format))
     if as_json:
         typer.echo(orjson.dumps(facts, option=orjson.OPT_INDENT_2))
         return

@@ -20,6 +20,7 @@ from compressors.export.model import CompressedModel
 from compressors.export.packed import FormatError
 from compressors.model import Checkpoint, build_skeleton, source_names
 from compressors.tensor import LinearForm, StoredLinear
+from gateway.engine.kernels.nested import child_of
 from gateway.engine.kernels.store import pack, unpack
 from gateway.engine.runner import VariantWeights
 
@@ -68,8 +69,11 @@ class ArtifactSink:
         )
 
 
-def weights_of(artifact: Artifact, dtype: torch.dtype) -> VariantWeights:
+def weights_of(artifact: Artifact, dtype: torch.dtype, *, child: int = 0) -> VariantWeights:
     """The artifact's tensors as views of its mapped blobs: nothing is copied or repacked.
+
+    Args:
+        child: compute nested weights with so many bits; 0 is all. What is unused stays on disk.
 
     Raises:
         CorruptArtifact: a blob is not what the manifest says.
@@ -85,6 +89,8 @@ def weights_of(artifact: Artifact, dtype: torch.dtype) -> VariantWeights:
         )
         for module, record in manifest.modules.items()
     }
+    if child:
+        linears = {module: child_of(stored) for module, stored in linears.items()}
     packed = {name for record in manifest.modules.values() for name in record.tensors.values()}
     plain: Mapping[str, Tensor] = {n: t for n, t in tensors.items() if n not in packed}
     return VariantWeights(config=manifest.config, tensors=plain, linears=linears, dtype=dtype)

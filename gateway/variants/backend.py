@@ -71,6 +71,16 @@ class Backend(Protocol):
         """Bytes `load` will make resident, best knowledge."""
         ...
 
+    def artifact(self, level: str) -> str:
+        """What the level is loaded from: levels that answer alike are made, stored and deleted
+        together."""
+        ...
+
+    def memory(self, level: str) -> str:
+        """What its weights live in: of levels that answer alike the smaller ones' bytes are among
+        the largest's, so that together they take no more than that."""
+        ...
+
     async def load(self, level: str) -> Loaded | None:
         """Bring a stored level into memory; None when its bytes turned out to be gone or altered.
 

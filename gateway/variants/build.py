@@ -69,7 +69,9 @@ def build(
         if artifact is None:
             raise OSError(f"artifact {spec.key} did not survive being written")
         build_seconds = artifact.manifest.build_seconds
-        level = weights_of(artifact, torch_dtype(spec.compute_dtype))
+        recipe = Recipe.parse(spec.level)
+        dtype = torch_dtype(spec.compute_dtype)
+        level = weights_of(artifact, dtype, child=recipe.child)
         stored = artifact.manifest.total_bytes
     else:
         level, stored = dense, checkpoint.total_bytes
@@ -97,7 +99,7 @@ def _compress(
     spec: BuildSpec, checkpoint: Checkpoint, disk: DiskStore, progress: ProgressFn
 ) -> None:
     began = time.monotonic()
-    recipe = Recipe.parse(spec.level)
+    recipe = Recipe.parse(spec.level).parent
     calibration = None
     if recipe.needs_calibration:
         progress(0.0, "preparing calibration text")

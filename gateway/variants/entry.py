@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from gateway.engine.base import Engine, EngineStats
@@ -68,6 +69,17 @@ class Variant:
             retry_s=retry_s,
             max_running=self.backend.max_running,
         )
+
+
+def weight_bytes(variants: Iterable[Variant]) -> int:
+    """Bytes of weights resident or being loaded; levels that live in the same memory count once,
+    with the largest of them."""
+    most: dict[tuple[str, str], int] = {}
+    for variant in variants:
+        if variant.resident_bytes:
+            place = (variant.backend.model, variant.backend.memory(variant.spec.level))
+            most[place] = max(most.get(place, 0), variant.resident_bytes)
+    return sum(most.values())
 
 
 def reraise(task: asyncio.Task[None], name: str) -> None:

@@ -72,6 +72,12 @@ class FakeBackend:
     def kv_bytes_per_token(self, level: str) -> int:
         return _KV_BYTES
 
+    def artifact(self, level: str) -> str:
+        return self._recipes[level].parent.name
+
+    def memory(self, level: str) -> str:
+        return self.artifact(level)
+
     def load_bytes(self, level: str) -> int:
         return self.card(level).resident_bytes
 

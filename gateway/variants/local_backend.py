@@ -44,6 +44,7 @@ _ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 # every worker spends on start-up and on measuring the card.
 _BUILD_RATE = {False: 50e6, True: 2e6}  # by "needs calibration"
 _BUILD_OVERHEAD_S = 15.0
+_CHILD = "@"  # in the key of its card, after the artifact's
 
 
 class LocalBackend:
@@ -135,14 +136,30 @@ class LocalBackend:
         return self._keys[level]
 
     def levels_of(self, key: str) -> list[str]:
-        """The levels stored under an artifact key (none or one)."""
-        return [level for level, known in self._keys.items() if known == key]
+        """The levels stored under an artifact key, or under that of a card."""
+        stored = key.partition(_CHILD)[0]
+        return [level for level, known in self._keys.items() if known == stored]
+
+    def artifact(self, level: str) -> str:
+        return self._keys.get(level, level)
+
+    def memory(self, level: str) -> str:
+        """Mapped bytes are shared; what is copied to a GPU or to another type is not."""
+        if level in self._upstream or list(self._keys.values()).count(self.key(level)) == 1:
+            return level
+        copied = self._compute_dtype(level) != self._native or self._shared.runtime.device != "cpu"
+        return level if copied else self.key(level)
+
+    def _card_key(self, level: str) -> str:
+        """Levels of one artifact have a card each."""
+        child = self._recipes[level].child
+        return f"{self.key(level)}{_CHILD}{child}" if child else self.key(level)
 
     def _key(self, recipe: Recipe) -> str:
         return variant_key(
             model=self.model,
             revision=self._options.revision or "",
-            recipe=recipe.name,
+            recipe=recipe.parent.name,
             source=self._source,
             calibration=self._calibration if recipe.needs_calibration else "",
             seed=self._shared.settings.build.seed,
@@ -157,7 +174,7 @@ class LocalBackend:
         if level in self._upstream:
             return Card(perplexity_ratio=self._upstream[level].perplexity_ratio)
         if level not in self._known_cards:
-            measured = self._shared.cards.get(self.key(level))
+            measured = self._shared.cards.get(self._card_key(level))
             complete = measured is not None and measured.decode_tokens_per_s
             self._known_cards[level] = (
                 measured if measured is not None and complete else self._expected(level, measured)
@@ -196,11 +213,11 @@ class LocalBackend:
     async def build(self, level: str, on_progress: ProgressFn) -> None:
         if level in self._upstream:
             raise BuildFailed(f"{level} lives in another server; there is nothing to build")
-        key = self.key(level)
+        key, alike = self.key(level), self.levels_of(self.key(level))
 
         async def made() -> bool | None:
             """True when the artifact exists and this host has measured it."""
-            if not self._shared.cards.measured_here(key):
+            if not self._shared.cards.measured_here(self._card_key(level)):
                 return None
             return True if await self.stored(level) else None
 
@@ -208,12 +225,15 @@ class LocalBackend:
             if level != self.default_level:
                 # What another host made is copied and only measured here.
                 await self._shared.store.fetch(key)
-            card = await self.measure(level, on_progress)
+            cards = {}
+            for done, name in enumerate([level, *(other for other in alike if other != level)]):
+                cards[name] = await self.measure(name, _part(on_progress, done, len(alike)))
             await claim.check()  # if another gateway took over, its result is the one to use
             if level != self.default_level:
                 await self._shared.store.share(key)
                 await self._shared.store.shared()  # the card tells replicas that it is there
-            await self._shared.cards.put(key, card)
+            for name, card in cards.items():
+                await self._shared.cards.put(self._card_key(name), card)
             return True
 
         try:
@@ -240,7 +260,7 @@ class LocalBackend:
 
     async def remember(self, level: str, card: Card) -> None:
         """Keep a measured card, here and for replicas on hosts like this one."""
-        await self._shared.cards.put(self.key(level), card)
+        await self._shared.cards.put(self._card_key(level), card)
 
     async def export(self, level: str, folder: Path, form: str = "gptq") -> str:
         """Write a stored level as a checkpoint in the format called `form`; returns the folder.
@@ -291,7 +311,8 @@ class LocalBackend:
         from compressors.model import torch_dtype
         from gateway.variants.artifact import weights_of
 
-        return weights_of(artifact, torch_dtype(self._compute_dtype(level)))
+        dtype = torch_dtype(self._compute_dtype(level))
+        return weights_of(artifact, dtype, child=self._recipes[level].child)
 
     def _compute_dtype(self, level: str) -> str:
         """A dense level computes in its own type, others as configured or as the checkpoint."""
@@ -365,6 +386,11 @@ class LocalBackend:
                 batch: rate * gain for batch, rate in dense.decode_tokens_per_s.items()
             }
         return Card(**facts | {"measured": False})
+
+
+def _part(on_progress: ProgressFn, done: int, total: int) -> ProgressFn:
+    """Progress of one of `total` measurements, `done` of them before it."""
+    return lambda share, what: on_progress((done + share) / total, what)
 
 
 def _upstream_engine(upstream: Upstream) -> UpstreamEngine:

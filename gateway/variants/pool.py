@@ -17,7 +17,7 @@ from gateway.engine.base import Engine, EngineFailed, TextCodec
 from gateway.errors import Conflict, NotFound, Overloaded, Unavailable
 from gateway.variants.backend import Backend
 from gateway.variants.card import Card
-from gateway.variants.entry import RETRY_FAILED_AFTER, Variant, reraise
+from gateway.variants.entry import RETRY_FAILED_AFTER, Variant, reraise, weight_bytes
 from gateway.variants.jobs import BuildFailed, Job, JobBoard, JobState
 from gateway.variants.variant import LadderSnapshot, State
 
@@ -222,6 +222,14 @@ class VariantPool:
             raise Conflict(f"{variant.name} serves {variant.leases} requests now", param="level")
         if variant.state in (State.BUILDING, State.LOADING, State.DRAINING):
             raise Conflict(f"{variant.name} is {variant.state} now", param="level")
+        if delete:
+            for other in self._alike(variant):
+                if other.state not in (State.STORED, State.ABSENT, State.FAILED):
+                    raise Conflict(
+                        f"{variant.name} is stored together with {other.name}, "
+                        f"which is {other.state} now; evict that first",
+                        param="level",
+                    )
         if variant.engine is not None or delete:
             await self._unload(variant, delete=delete)
 
@@ -238,7 +246,17 @@ class VariantPool:
         return [v for variants in self._variants.values() for v in variants.values()]
 
     def _weight_bytes(self) -> int:
-        return sum(variant.resident_bytes for variant in self._all())
+        return weight_bytes(self._all())
+
+    def _alike(self, variant: Variant) -> list[Variant]:
+        """The other levels that come from the same artifact."""
+        backend = variant.backend
+        shared = backend.artifact(variant.spec.level)
+        return [
+            other
+            for other in self._variants.get(backend.model, {}).values()
+            if other is not variant and backend.artifact(other.spec.level) == shared
+        ]
 
     def _backend(self, model: str) -> Backend:
         if model not in self._backends:
@@ -335,6 +353,7 @@ class VariantPool:
                 )
             self._board.finish(job_id, JobState.DONE)
             variant.state = State.STORED
+            self.learned(variant.backend.model, (v.spec.level for v in self._alike(variant)))
         except asyncio.CancelledError:
             self._board.finish(job_id, JobState.CANCELLED)
             variant.state = State.ABSENT
@@ -409,14 +428,17 @@ class VariantPool:
             Overloaded: what stays is leased and leaves no room.
         """
         room = self._budget - self._kv_budget
-        staying = sum(other.resident_bytes for other in self._all() if other.leases)
-        if staying + variant.resident_bytes > room:
+        staying = [other for other in self._all() if other.leases or other is variant]
+        if weight_bytes(staying) > room:
             raise self._no_room(variant, room)  # before anything is unloaded in vain
-        while self._weight_bytes() > room:
+        while (used := self._weight_bytes()) > room:
             idle = [
                 other
                 for other in self._all()
-                if other.state is State.READY and not other.leases and other is not variant
+                if other.state is State.READY
+                and not other.leases
+                and other is not variant
+                and weight_bytes(v for v in self._all() if v is not other) < used
             ]
             if not idle:
                 raise self._no_room(variant, room)
@@ -449,6 +471,9 @@ class VariantPool:
             variant.drop()
             variant.unloading = None
             variant.state = State.STORED if stored else State.ABSENT
+            for other in self._alike(variant) if not stored else ():
+                if other.state is State.STORED:
+                    other.state = State.ABSENT
 
     def _fail(self, variant: Variant, engine: Engine, why: str) -> None:
         """An engine died under a request: drop it; the next request loads it afresh."""
