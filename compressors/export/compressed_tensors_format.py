@@ -30,7 +30,10 @@ from torch.nn import functional
 
 from compressors.export.autogptq_format import WORD, pack_words, unpack_words
 from compressors.export.packed import FormatError, take
-from compressors.tensor import Grouped
+from compressors.forms.float8 import Float8
+from compressors.forms.int8 import Int8
+from compressors.forms.nested import CHILD_BITS, RATIO, Nested
+from compressors.tensor import Grouped, LinearForm
 
 PARTS = (
     "weight_scale",
@@ -153,17 +156,73 @@ def unpack_grouped(stored: dict[str, Tensor], shape: tuple[int, int], args: Weig
     return Grouped(codes, scales, zeros, args.bits, group, _order(stored, k, scales.shape[1]))
 
 
-def from_int8(stored: dict[str, Tensor], shape: tuple[int, int], args: WeightArgs) -> Grouped:
-    """The form of unpacked int8 values (`int-quantized`, `naive-quantized`), which may hold codes
-    of fewer bits.
+def pack(form: LinearForm) -> tuple[WeightArgs, dict[str, Tensor]]:
+    """The settings and tensors of a form.
 
     Raises:
-        FormatError: dtypes or shapes that do not belong together, values beyond the bits.
+        FormatError: what the format cannot hold.
     """
+    if isinstance(form, Grouped):
+        return pack_grouped(form)
+    if isinstance(form, Nested):
+        return pack_grouped(_parent(form))
+    if isinstance(form, Int8):
+        if form.inputs is not None:
+            raise FormatError("its inputs are scaled per column, for which the format has no place")
+        args = WeightArgs("int", 8, None, inputs=True)
+        return args, {"weight": form.codes, "weight_scale": form.scales.reshape(-1, 1)}
+    if isinstance(form, Float8):
+        args = WeightArgs("float", 8, None, inputs=True)
+        return args, {"weight": form.codes, "weight_scale": form.scales.reshape(-1, 1)}
+    raise FormatError(f"{_REFUSED.get(form.scheme, f'a {form.scheme} weight')} {_HOLDS}")
+
+
+_REFUSED = {
+    "sparse24": "a 2:4 sparse weight (its sparse layouts were given up upstream)",
+    "sparse": "a sparse weight (its sparse layouts were given up upstream)",
+    "lowrank": "a product of two factors",
+    "scaled": "a weight whose inputs are scaled",
+    "outlier": "a weight with columns in 16 bits",
+}
+_HOLDS = "has no compressed-tensors form; it holds integer groups and 8-bit weights"
+
+
+def _parent(form: Nested) -> Grouped:
+    """Both halves on their one uniform grid: 8·code + low counts eighths of the child's step."""
+    codes = form.child.codes * RATIO + form.low
+    zeros = form.child.zeros * RATIO + 2 ** (CHILD_BITS - 1)
+    scales = form.child.scales / RATIO
+    return Grouped(codes, scales, zeros, 8, form.child.group, form.child.perm)
+
+
+def unpack(stored: dict[str, Tensor], shape: tuple[int, int], args: WeightArgs) -> LinearForm:
+    """The form of stored tensors; nothing is rounded.
+
+    Values whose inputs are quantized with one step per token keep that; with any other grouping the
+    inputs are left as they are, which is at least as precise.
+
+    Raises:
+        FormatError: dtypes or shapes that do not belong together.
+    """
+    if "weight_packed" in stored:
+        return unpack_grouped(stored, shape, args)
     weight = take(stored, "weight")
-    if weight.dtype != torch.int8 or tuple(weight.shape) != shape:
-        raise FormatError(f"weight is {weight.dtype} {list(weight.shape)}, not int8 {list(shape)}")
-    half = 2 ** (args.bits - 1)
+    if tuple(weight.shape) != shape:
+        raise FormatError(f"weight is {list(weight.shape)}, not {list(shape)}")
+    if weight.dtype == torch.float8_e4m3fn:
+        if args.group:
+            raise FormatError("float8 weights in groups cannot be read; known: tensor, channel")
+        return Float8(weight, scales_of(stored, shape, args)[0][:, 0].contiguous())
+    if weight.dtype != torch.int8:
+        raise FormatError(f"weight is {weight.dtype}, not int8 or float8_e4m3fn")
+    if args.inputs and args.symmetric and not args.group and args.bits == 8:
+        return Int8(weight, scales_of(stored, shape, args)[0][:, 0].contiguous())
+    return _from_int8(stored, shape, args)
+
+
+def _from_int8(stored: dict[str, Tensor], shape: tuple[int, int], args: WeightArgs) -> Grouped:
+    """Signed values, of `bits` or fewer, as unsigned codes."""
+    weight, half = take(stored, "weight"), 2 ** (args.bits - 1)
     if int(weight.min()) < -half or int(weight.max()) >= half:
         raise FormatError(f"values do not fit {args.bits} bits")
     scales, group = scales_of(stored, shape, args)

@@ -16,19 +16,15 @@ import torch
 from torch import Tensor
 
 from compressors.export.autogptq_format import WORD
-from compressors.export.compressed_tensors_format import (
-    PARTS,
-    WeightArgs,
-    from_int8,
-    unpack_grouped,
-)
+from compressors.export.compressed_tensors_format import PARTS, WeightArgs, unpack
 from compressors.export.names import level_name
-from compressors.export.packed import FormatError, PackedCheckpoint, take
+from compressors.export.packed import FormatError, PackedCheckpoint
 from compressors.tensor import LinearForm
 
 FORMATS = (
     "pack-quantized",
     "int-quantized",
+    "float-quantized",
     "naive-quantized",
     "mixed-precision",
 )
@@ -61,18 +57,15 @@ class CompressedTensorsCheckpoint(PackedCheckpoint):
     def level(self) -> str:
         used = Counter(self._args_of(module) for module in self.modules)
         args, _ = used.most_common(1)[0]
-        if args.inputs:
-            return "w8a8" if args.type == "int" else "fp8"
+        if args.type == "float":
+            return "fp8"
+        if args.inputs and args.symmetric and not args.group and args.bits == 8:
+            return "w8a8"
         return level_name("rtn", args.bits, args.group or None, symmetric=args.symmetric)
 
     def unpack(self, stored: dict[str, Tensor], shape: tuple[int, int]) -> LinearForm:
         """See `PackedCheckpoint`."""
-        args = self._fitting(stored, shape)
-        if "weight_packed" in stored:
-            return unpack_grouped(stored, shape, args)
-        if take(stored, "weight").dtype == torch.int8:
-            return from_int8(stored, shape, args)
-        raise FormatError(f"weight is {stored['weight'].dtype}, not int8")
+        return unpack(stored, shape, self._fitting(stored, shape))
 
     def _args_of(self, module: str) -> WeightArgs:
         """The settings of one linear."""

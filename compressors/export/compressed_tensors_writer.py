@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from compressors.export.compressed_tensors_format import WeightArgs, pack_grouped
+from compressors.export.compressed_tensors_format import WeightArgs, pack
 from compressors.export.folder import SHARD_BYTES, Draft, write_folder
 from compressors.export.model import CompressedModel
 from compressors.export.packed import FormatError
 from compressors.model import build_skeleton, is_transposed, linears
-from compressors.tensor import Dense, Grouped, LinearForm
+from compressors.tensor import Dense, LinearForm
 
 _VERSION = "0.15.0"  # the first whose readers know every layout written here
 
@@ -50,38 +50,29 @@ def write_compressed_tensors(
 
 def _layout(model: CompressedModel) -> dict[str, WeightArgs]:
     """The settings of every compressed linear; each is packed once to be sure that it can be."""
-    transposed = {n for n, m in linears(build_skeleton(model.config)) if is_transposed(m)}
+    known = dict(linears(build_skeleton(model.config)))
     layout: dict[str, WeightArgs] = {}
     for module, form in model.forms.items():
         if isinstance(form, Dense):
             continue
-        if module in transposed:
+        if module not in known:
+            raise FormatError(f"{module}: is no linear; embeddings have no compressed form here")
+        if is_transposed(known[module]):
             raise FormatError(
                 f"{module}: is a Conv1D, and compressed-tensors has plain linears only; "
                 "the gptq format has both"
             )
-        layout[module] = _encode(module, form)[0]
+        layout[module] = _pack(module, form)[0]
     if not layout:
         raise FormatError("no linear is compressed; there is nothing to write")
     return layout
 
 
-def _encode(module: str, form: LinearForm) -> tuple[WeightArgs, dict[str, Tensor]]:
+def _pack(module: str, form: LinearForm) -> tuple[WeightArgs, dict[str, Tensor]]:
     try:
-        if isinstance(form, Grouped):
-            return pack_grouped(form)
+        return pack(form)
     except FormatError as error:
         raise FormatError(f"{module}: {error}") from error
-    raise FormatError(f"{module}: {_REFUSED.get(form.scheme, f'a {form.scheme} weight')}{_HOLDS}")
-
-
-_REFUSED = {
-    "sparse24": "a 2:4 sparse weight (the library dropped its sparse layouts)",
-    "sparse": "a sparse weight (the library dropped its sparse layouts)",
-    "lowrank": "a product of two factors",
-    "scaled": "a weight whose inputs are scaled",
-}
-_HOLDS = " has no compressed-tensors form; it holds integer groups and 8-bit weights"
 
 
 def _settings(layout: Mapping[str, WeightArgs], ignored: list[str]) -> dict[str, Any]:
@@ -122,5 +113,5 @@ def _named_tensors(
             assert isinstance(form, Dense)
             yield f"{module}.weight", form.weight.t() if module in transposed else form.weight
             continue
-        for part, tensor in _encode(module, form)[1].items():
+        for part, tensor in _pack(module, form)[1].items():
             yield f"{module}.{part}", tensor
