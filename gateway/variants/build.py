@@ -165,8 +165,12 @@ def _card(spec: BuildSpec, quality: Quality, level: VariantWeights) -> Card:
         resident_bytes=model.resident_bytes,
         perplexity=quality.perplexity,
         perplexity_ratio=quality.perplexity_ratio,
+        perplexity_ratio_low=quality.ratio_low,
+        perplexity_ratio_high=quality.ratio_high,
         kl_nats=quality.kl_nats,
         top1_agreement=quality.top1_agreement,
+        flips=quality.flips,
+        quality_windows=quality.windows,
         flops_per_token=flops,
     )
 
@@ -201,5 +205,6 @@ async def _speeds(spec: BuildSpec, dense: VariantWeights, level: VariantWeights)
         "prefill_tokens_per_s": mine.prefill_tokens_per_s,
         "decode_tokens_per_s": mine.decode_tokens_per_s,
         "speedup": mine.decode_tokens_per_s["1"] / base.decode_tokens_per_s["1"],
+        "prefill_speedup": mine.prefill_tokens_per_s / base.prefill_tokens_per_s,
         "load_seconds": load_seconds,
     }

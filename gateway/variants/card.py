@@ -17,7 +17,12 @@ _MAX_KL = 100.0  # nats; more is ruin all the same
 
 
 class Card(BaseModel):
-    """Size, speed and quality of a variant. Zero or None where a fact is unknown."""
+    """Size, speed and quality of a variant. Zero or None where a fact is unknown.
+
+    `perplexity_ratio_low` and `_high` are its 95 % confidence interval, `flips` the share of tokens
+    where one of dense and this level, not both, names the true next token. Quality is over
+    `quality_windows` windows of held-out text, the same for every level.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -28,12 +33,17 @@ class Card(BaseModel):
     compression_ratio: float = 1.0
     perplexity: float | None = None
     perplexity_ratio: float = 1.0
+    perplexity_ratio_low: float | None = None
+    perplexity_ratio_high: float | None = None
     kl_nats: float = 0.0
     top1_agreement: float = 1.0
+    flips: float = 0.0
+    quality_windows: int = 0
     flops_per_token: float = 0.0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: Mapping[str, float] = Field(default_factory=dict)
     speedup: float = 1.0
+    prefill_speedup: float = 1.0
     build_seconds: float = 0.0
     load_seconds: float = 0.0
 
@@ -47,6 +57,13 @@ class Card(BaseModel):
         if math.isnan(self.perplexity_ratio) or math.isnan(self.kl_nats):
             return math.inf
         return max(1.0, self.perplexity_ratio, math.exp(min(self.kl_nats, _MAX_KL)))
+
+    @property
+    def ratio_margin(self) -> float | None:
+        """Half the width of the perplexity ratio's confidence interval; None when unknown."""
+        if self.perplexity_ratio_low is None or self.perplexity_ratio_high is None:
+            return None
+        return (self.perplexity_ratio_high - self.perplexity_ratio_low) / 2
 
     def tpot_ms(self, batch: int) -> float:
         """Time per output token (ms) when `batch` sequences decode together.

@@ -27,6 +27,7 @@ _SPEED_FIELDS = {
     "prefill_tokens_per_s": 0.0,
     "decode_tokens_per_s": {},
     "speedup": 1.0,
+    "prefill_speedup": 1.0,
     "build_seconds": 0.0,
     "load_seconds": 0.0,
 }
