@@ -10,13 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressors.estimate import estimate
-from compressors.recipe import BITS, Recipe, RecipeError
+from compressors.recipe import BITS, Recipe, RecipeError, expand
 from compressors.registry import METHODS, variants
 
 quantize = st.builds(
     "int{}-{}-g{}".format,
     st.sampled_from(BITS),
-    st.sampled_from([v for v in variants("quantize") if not METHODS[v].whole_model]),
+    st.sampled_from(
+        [
+            m.variant
+            for m in METHODS.values()
+            if (m.kind, m.spelled) == ("quantize", "settings") and not m.whole_model
+        ]
+    ),
     st.sampled_from(["32", "64", "128", "ch"]),
 )
 middle = st.one_of(
@@ -63,6 +69,8 @@ def test_an_estimate_is_possible_for_every_recipe_and_stacking_never_improves(na
         ("int8", "quantization", False),
         ("int4-hqq-g64", "quantization", False),
         ("int4-gptq-g128", "quantization", True),
+        ("nested84-gptq-g128", "quantization", True),
+        ("nested84-hqq-g64@int4", "quantization", False),
         ("sparse24-magnitude", "pruning", False),
         ("sparse24-wanda", "pruning", True),
         ("sparse50-sparsegpt+int4-gptq-g64", "pruning", True),
@@ -82,6 +90,21 @@ def test_one_recipe_has_one_name() -> None:
     assert Recipe.parse(" INT4-RTN-G64 ").name == "int4-rtn-g64"
 
 
+def test_a_nested_name_stands_for_two_levels_that_are_built_as_one() -> None:
+    names = expand(["int8", "depth-75+nested84-gptq-g128", "int8"])
+    assert names == (
+        "int8",
+        "depth-75+nested84-gptq-g128@int8",
+        "depth-75+nested84-gptq-g128@int4",
+    )
+    levels = [Recipe.parse(name) for name in names]
+    assert [level.child for level in levels] == [0, 0, 4]
+    assert len({level.parent.name for level in levels[1:]}) == 1
+    assert levels[1].parent == Recipe.parse("depth-75+nested84-gptq-g128")
+    assert estimate(levels[2]).perplexity_ratio > estimate(levels[1]).perplexity_ratio
+    assert estimate(levels[2]).size_ratio < estimate(levels[1]).size_ratio
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -91,6 +114,10 @@ def test_one_recipe_has_one_name() -> None:
         ("int4-hqq-g64-sym", "no option 'sym'"),
         ("int4-rtn-g7", "multiple of 8"),
         ("int4-rtn-g0", "multiple of 8"),
+        ("nested84-rtn-g64", "hqq, gptq can"),
+        ("nested84-gptq-g64@int3", "known:"),
+        ("int4-nested-g64", "rtn, hqq, gptq"),
+        ("lowrank-80+nested84-gptq-g128", "plain weights"),
         ("sparse24-magic", "magnitude, wanda"),
         ("depth-0", "5 to 99"),
         ("depth-100", "5 to 99"),
