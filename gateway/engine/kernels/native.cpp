@@ -50,4 +50,4 @@ EXPORT void pressgate_expand(const Dense* w, int64_t start, int64_t stop, void* 
 EXPORT int pressgate_features() { return 0; }
 #endif
 
-EXPORT int pressgate_abi() { return 3; }
+EXPORT int pressgate_abi() { return 4; }

@@ -21,7 +21,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-ABI = 3
+ABI = 4
 
 
 class Feature(IntFlag):
@@ -79,6 +79,7 @@ class DenseStruct(ctypes.Structure):
         ("k", ctypes.c_int64),
         ("stride", ctypes.c_int64),
         ("pitch", ctypes.c_int64),
+        ("ragged", ctypes.c_int64),
     )
 
 
@@ -172,7 +173,7 @@ class NativeCall:
         return out
 
     def expand(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop of a 2:4 sparse weight, dense, bf16 [stop-start, K]."""
+        """Rows start..stop of a sparse weight, dense, bf16 [stop-start, K]."""
         out = torch.empty(stop - start, self.k, dtype=torch.bfloat16)
         threads = torch.get_num_threads()
         self._dll.pressgate_expand(self.address, start, stop, out.data_ptr(), threads)
@@ -198,11 +199,19 @@ def sparse_call(
     *,
     k: int,
     max_rows: int,
+    ragged: bool = False,
 ) -> NativeCall:
-    """2:4 sparse weights: `values` are bf16 [N, Kp/2] or the call of a grouped layer [N, K/2]."""
+    """Sparse weights: `values` are bf16 [N, kept] or the call of a grouped layer [N, kept].
+
+    Args:
+        ragged: the bitmap may keep other than 16 of 32 columns; else a row of bf16 values holds 16
+            for every 32 columns begun.
+    """
     n = mask.shape[0]
     bias = None if bias is None else bias.float()
-    struct = DenseStruct(mask=mask.data_ptr(), bias=_address(bias), n=n, k=k, pitch=n)
+    struct = DenseStruct(
+        mask=mask.data_ptr(), bias=_address(bias), n=n, k=k, pitch=n, ragged=ragged
+    )
     if isinstance(values, NativeCall):
         struct.codes = values.address
     else:

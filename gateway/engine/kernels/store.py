@@ -17,6 +17,7 @@ SCHEMES: dict[str, str] = {
     "dense": "gateway.engine.kernels.dense",
     "grouped": "gateway.engine.kernels.grouped",
     "sparse24": "gateway.engine.kernels.sparse24",
+    "sparse": "gateway.engine.kernels.sparse",
     "lowrank": "gateway.engine.kernels.lowrank",
     "scaled": "gateway.engine.kernels.scaled",
     "int8": "gateway.engine.kernels.int8",

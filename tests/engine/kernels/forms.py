@@ -10,6 +10,8 @@ from compressors.forms.int8 import Int8
 from compressors.forms.nested import Nested
 from compressors.forms.outlier import Outlier
 from compressors.forms.scaled import Scaled
+from compressors.forms.sparse import Bitmap
+from compressors.prune.magnitude import keep_best
 from compressors.tensor import Dense, Grouped, LinearForm, LowRank, Sparse24
 
 
@@ -80,6 +82,20 @@ def outlier(shape: tuple[int, int], columns: int = 3) -> Outlier:
     return Outlier(Int8(rest.codes, rest.scales, used), apart, picked.to(torch.int32))
 
 
+def bitmap(
+    shape: tuple[int, int], group: int | None = None, values: LinearForm | None = None
+) -> Bitmap:
+    """Half of every `group` columns kept at random; None: half of the row."""
+    kept = half(shape[1], group)
+    return Bitmap(values or dense((shape[0], kept)), keep_best(torch.rand(shape), group))
+
+
+def half(k: int, group: int | None) -> int:
+    """Weights that a row of `bitmap` keeps."""
+    group = group or k
+    return k // group * -(-group // 2) + (k % group + 1) // 2
+
+
 def every(n: int = 33, k: int = 100) -> dict[str, LinearForm]:
     """One form per kind of storage and kernel; k is a multiple of 4."""
     forms: dict[str, LinearForm] = {
@@ -100,6 +116,14 @@ def every(n: int = 33, k: int = 100) -> dict[str, LinearForm]:
         "sparse-fp32": sparse((n, k), dense((n, k // 2), torch.float32)),
         "sparse-int8": sparse((n, k), grouped((n, k // 2), bits=8, group=k)),
         "sparse-int4": sparse((n, k), grouped((n, k // 2), group=32)),
+        "bitmap48": bitmap((n, k), 8),
+        "bitmap50": bitmap((n, k)),
+        "bitmap50-fp32": bitmap((n, k), None, dense((n, half(k, None)), torch.float32)),
+        "bitmap48-int4": bitmap((n, k), 8, grouped((n, half(k, 8)), group=32)),
+        "bitmap50-int8": bitmap((n, k), None, grouped((n, half(k, None)), bits=8, group=k)),
+        "bitmap50-int3": bitmap(
+            (n, k), None, grouped((n, half(k, None)), bits=3, group=20, zeros="whole")
+        ),
         "lowrank": LowRank(dense((n, 7)), dense((7, k))),
         "lowrank-int8": LowRank(dense((n, 8)), grouped((8, k), bits=8, group=k)),
         "scaled-fp32": Scaled(dense((n, k), torch.float32), torch.rand(k) + 0.5),

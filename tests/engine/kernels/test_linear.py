@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressors.tensor import Grouped, LinearForm, Sparse24, StoredLinear
+from compressors.tensor import Dense, Grouped, LinearForm, Sparse24, StoredLinear
 from gateway.engine.kernels.linear import make_linear
 from gateway.engine.kernels.scheme import KernelLinear
 from gateway.engine.kernels.store import pack, unpack
-from tests.engine.kernels.forms import dense, every, grouped, sparse
+from tests.engine.kernels.forms import bitmap, dense, every, grouped, sparse
 
 KINDS = sorted(every())
 FLOATS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -64,6 +64,7 @@ def test_product(backend: str, kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("n", "k"), [(1, 4), (15, 36), (16, 128), (17, 520), (300, 64), (64, 384)])
 def test_shapes(backend: str, n: int, k: int, dtype: torch.dtype) -> None:
     forms: list[LinearForm] = [grouped((n, k), zeros="whole"), sparse((n, k)), dense((n, k))]
+    forms += [bitmap((n, k)), bitmap((n, k), 8)]
     forms += [grouped((n, k), bits=8, group=k), grouped((n, k), bits=8, group=160)]
     for form in forms:
         layer, weight = build(form, dtype, bias=False)
@@ -73,7 +74,12 @@ def test_shapes(backend: str, n: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 7, 31, 33, 65])
 def test_widths_that_fit_no_vector(backend: str, k: int) -> None:
-    forms = [dense((5, k)), *(grouped((5, k), bits=bits, group=32) for bits in (3, 4, 8))]
+    forms = [
+        dense((5, k)),
+        bitmap((5, k)),
+        bitmap((5, k), 8),
+        *(grouped((5, k), bits=bits, group=32) for bits in (3, 4, 8)),
+    ]
     for form in forms:
         layer, weight = build(form, torch.float32)
         check(layer, weight, torch.randn(3, k), layer.bias)
@@ -135,6 +141,7 @@ def test_what_is_not_finite_stays_so_and_stays_alone(backend: str, bad: float) -
 
 def test_threads_change_no_bit(backend: str) -> None:
     forms = [grouped((600, 512), zeros="whole"), dense((600, 512)), sparse((600, 512))]
+    forms += [bitmap((600, 512))]
     for form in forms:
         layer, _ = build(form, torch.bfloat16)
         x = torch.randn(9, 512).bfloat16()
@@ -187,7 +194,7 @@ def test_a_deep_copy_computes_from_its_own_memory(backend: str) -> None:
 def test_a_weight_larger_than_the_scratch(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of an expanded weight meet at their seams, for every scheme that expands."""
     monkeypatch.setattr("gateway.engine.kernels.scheme.SCRATCH_BYTES", 40_000)
-    for form in (grouped((150, 100), zeros="whole"), sparse((150, 100))):
+    for form in (grouped((150, 100), zeros="whole"), sparse((150, 100)), bitmap((150, 100))):
         layer, weight = build(form, torch.float32)
         x = torch.randn(60, 100)
         exact = x.double() @ weight.T + layer.bias.double()  # type: ignore[union-attr]
@@ -214,6 +221,9 @@ def damage(stored: StoredLinear, suffix: str, tensor: Tensor) -> StoredLinear:
         ("int4-act-order", "columns", torch.zeros(128, dtype=torch.int32)),
         ("int3-act-order", "columns", torch.full((160,), 2**30, dtype=torch.int32)),
         ("bf16", "weight", torch.zeros(33, 99)),
+        ("bitmap50", "mask", torch.zeros(33, 12, dtype=torch.uint8)),
+        ("bitmap50", "values.weight", torch.zeros(33, 49, dtype=torch.bfloat16)),
+        ("bitmap48", "values.weight", torch.zeros(33, 50, dtype=torch.bfloat16)),
         ("sparse", "mask", torch.zeros(33, 12, dtype=torch.uint8)),
         ("sparse", "values.weight", torch.zeros(32, 64, dtype=torch.bfloat16)),
         ("sparse-int8", "values.codes8", torch.zeros(1, 2, 64, dtype=torch.uint8)),
@@ -224,6 +234,18 @@ def test_damaged_storage_never_reaches_a_kernel(form: str, suffix: str, tensor: 
     assert suffix in stored.tensors
     with pytest.raises(ValueError, match="stor"):
         make_linear(damage(stored, suffix, tensor), None, dtype=torch.float32)
+
+
+def test_a_damaged_bitmap_reads_nothing_beyond_its_row(backend: str) -> None:
+    """More bits than values: natively the row is what its own values give, without them zero."""
+    if backend != "native":
+        pytest.skip("the torch path raises by itself")
+    form = bitmap((4, 256), values=Dense(torch.ones(4, 128, dtype=torch.bfloat16)))
+    stored = pack(form)
+    full = torch.full_like(stored.tensors["mask"], 255)
+    layer = make_linear(damage(stored, "mask", full), None, dtype=torch.bfloat16)
+    out = layer(torch.ones(1, 256).bfloat16())
+    assert torch.equal(out, torch.full((1, 4), 128.0).bfloat16())
 
 
 def test_stacked_compression_computes_what_it_stores(backend: str) -> None:
