@@ -38,7 +38,7 @@ def compress_linear(
     Raises:
         ValueError: the weight or a statistic is not finite.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
         raise ValueError("the weight is not finite")
     form: LinearForm = Dense(weight)
     for step in steps:

@@ -103,6 +103,11 @@ class Grouped(LinearForm):
         return torch.arange(self.codes.shape[1], device=self.codes.device) // self.group
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        n, k = self.shape
+        if self.perm is None and k % self.group == 0:  # without a copy of every scale per column
+            codes = self.codes.reshape(n, -1, self.group).float()
+            codes.sub_(self.zeros.unsqueeze(-1)).mul_(self.scales.unsqueeze(-1))
+            return codes.view(n, k).to(dtype)
         index = self.group_index()
         return (self.scales[:, index] * (self.codes.float() - self.zeros[:, index])).to(dtype)
 

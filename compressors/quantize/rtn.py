@@ -10,6 +10,7 @@ Symmetric: s = max|w| / (2ᵇ⁻¹ − 1), z = 2ᵇ⁻¹. Pure tensors; needs no
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,17 +20,28 @@ from compressors.tensor import Grouped
 # Parts of a group's range that a fitted grid may span.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 _TINY = 2.0**-24  # the smallest positive float16
+_AT_ONCE = 2**17  # weights
 
 
 def solve(
     weight: Tensor, statistic: None = None, *, bits: int, group: int, symmetric: bool = False
 ) -> Grouped:
     """Quantize weight [N, K] (float32) in groups of `group` columns; the last may be short."""
-    lo, hi = group_range(weight, group)
-    scales, zeros = grid(lo, hi, bits, symmetric)
-    index = torch.arange(weight.shape[1], device=weight.device) // group
-    codes = encode(weight, scales[:, index], zeros[:, index], bits)
+    shape = (weight.shape[0], math.ceil(weight.shape[1] / group))
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    scales, zeros = (torch.empty(shape, device=weight.device) for _ in range(2))
+    for rows in row_pieces(weight):
+        lo, hi = group_range(weight[rows], group)
+        scales[rows], zeros[rows] = grid(lo, hi, bits, symmetric)
+        codes[rows] = encode_groups(weight[rows], scales[rows], zeros[rows], bits, group)
     return Grouped(codes, scales, zeros, bits, group)
+
+
+def row_pieces(weight: Tensor, at_once: int = _AT_ONCE) -> Iterator[slice]:
+    """Rows of weight [N, K] in pieces that stay in a core's caches; all at once on a GPU."""
+    step = max(1, at_once // weight.shape[1]) if weight.is_cpu else weight.shape[0]
+    for first in range(0, weight.shape[0], step):
+        yield slice(first, first + step)
 
 
 def group_range(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
@@ -70,12 +82,16 @@ def fitted_grid(weight: Tensor, bits: int, group: int, symmetric: bool) -> tuple
     """
     lo, hi = group_range(weight, group)
     groups = by_group(weight, group)
+    padding = groups.shape[1] * group - weight.shape[1]
     scales, zeros = grid(lo, hi, bits, symmetric)
     least = torch.full_like(scales, math.inf)
     for share in SHARES if bits < 8 else SHARES[:1]:
         s, z = grid(lo * share, hi * share, bits, symmetric)
         codes = torch.round(groups / s.unsqueeze(-1) + z.unsqueeze(-1)).clamp_(0, 2**bits - 1)
-        error = (codes - z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(groups).square().sum(-1)
+        wrong = codes.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(groups)
+        if padding:
+            wrong[:, -1, group - padding :] = 0.0
+        error = wrong.square_().sum(-1)
         better = error < least
         scales, zeros = torch.where(better, s, scales), torch.where(better, z, zeros)
         least = torch.minimum(error, least)
@@ -86,6 +102,17 @@ def round_scale(scales: Tensor) -> Tensor:
     """Nearest positive float16 number, as float32; 1 for a group of zeros."""
     rounded = scales.to(torch.float16).float().clamp_(_TINY, 65504.0)
     return torch.where(scales > 0, rounded, torch.ones_like(rounded))
+
+
+def encode_groups(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, group: int) -> Tensor:
+    """Nearest codes, uint8 [N, K], of weight [N, K] on the grids [N, G] of its groups."""
+    n, columns = weight.shape
+    if columns % group:
+        index = torch.arange(columns, device=weight.device) // group
+        return encode(weight, scales[:, index], zeros[:, index], bits)
+    groups = weight.reshape(n, -1, group)
+    codes = (groups / scales.unsqueeze(-1)).add_(zeros.unsqueeze(-1)).round_()
+    return codes.clamp_(0, 2**bits - 1).to(torch.uint8).view(n, columns)
 
 
 def encode(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int) -> Tensor:
