@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressors.forms.sparse import Bitmap
-from compressors.tensor import Dense, StoredLinear
+from compressors.tensor import Dense, Meta, StoredLinear
 from gateway.engine.kernels.dense import DenseLinear
 from gateway.engine.kernels.grouped import GroupedLinear
 from gateway.engine.kernels.native import Feature, NativeCall, library, sparse_call
@@ -46,7 +46,7 @@ def pack(form: Bitmap, child: PackChild) -> StoredLinear:
     values = form.values
     if even and isinstance(values, Dense):
         values = Dense(F.pad(values.weight, (0, even_width(k) - kept)))
-    meta = {"n": n, "k": k, "kept": kept, "even": even}
+    meta: Meta = {"n": n, "k": k, "kept": kept, "even": even}
     stored = StoredLinear("sparse", "bitmap", meta, {"mask": pack_mask(form.mask)})
     return nest(stored, values=child(values))
 
