@@ -6,13 +6,16 @@ import asyncio
 import importlib.metadata
 import os
 import platform
-from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import orjson
 import typer
+from rich.markup import escape
 
+from gateway.commands.markdown import check_markers, section, splice, table
 from gateway.commands.options import (
     CacheDir,
     CalibrationFile,
@@ -31,14 +34,28 @@ from gateway.variants.card import Card
 from gateway.variants.cards import processor_name
 from gateway.variants.jobs import BuildFailed
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from gateway.variants.local_backend import LocalBackend
+
 _VERSIONED = ("pressgate", "torch", "transformers")
 Row = tuple[str, str, Card]
+
+
+@dataclass
+class Outcome:
+    """What was measured, and what could not be built and why."""
+
+    model: str = ""
+    rows: list[Row] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def bench(
     config: ConfigFile = None,
     model: ModelName = None,
-    levels: LevelNames = "all",
+    levels: LevelNames = None,
     calibration: CalibrationFile = None,
     eval_text: EvalFile = None,
     cache_dir: CacheDir = None,
@@ -47,12 +64,25 @@ def bench(
     ] = None,
     png: Annotated[Path | None, typer.Option(help="Draw size, quality and speed here.")] = None,
     no_speed: Annotated[bool, typer.Option("--no-speed", help="Skip timing.")] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Measure again what was measured under equal conditions."),
+    ] = False,
     markdown: Annotated[bool, typer.Option(help="Print the README's table.")] = False,
+    readme: Annotated[
+        Path | None,
+        typer.Option(help="Put the table between the <!-- levels --> markers of this file."),
+    ] = None,
 ) -> None:
-    """Build what is missing, then measure size, speed and quality of every level."""
+    """Build what is missing, then measure size, speed and quality of every level.
+
+    May be stopped and run again: levels that were measured are not measured again.
+    """
     for name, file in (("--json", json_file), ("--png", png)):
         if file is not None and str(file) != "-":
             check_output(name, file)
+    if readme is not None:
+        check_markers(readme)
     settings = settings_of(
         config,
         model=model,
@@ -61,51 +91,87 @@ def bench(
         eval_text=eval_text,
         cache_dir=cache_dir,
     )
-    served, rows = asyncio.run(_bench(settings, speed=not no_speed))
-    result = _result(served, rows, settings)
+    outcome = asyncio.run(_bench(settings, speed=not no_speed, fresh=fresh))
+    result = _result(outcome, settings)
     if json_file is not None and str(json_file) == "-":
         typer.echo(orjson.dumps(result, option=orjson.OPT_INDENT_2))
     elif markdown:
-        typer.echo(markdown_table(rows))
+        typer.echo(table(outcome.rows, outcome.failed))
     else:
-        wide_console().print(card_table(f"{served}: benchmark", rows))
+        _show(outcome)
     if json_file is not None and str(json_file) != "-":
         json_file.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2))
+    if readme is not None:
+        splice(readme, section(result, table(outcome.rows, outcome.failed)))
     if png is not None:
         from gateway.commands.frontier import draw_frontier
 
-        draw_frontier(served, rows, png)
+        draw_frontier(outcome.model, outcome.rows, png)
 
 
-async def _bench(settings: Settings, *, speed: bool) -> tuple[str, list[Row]]:
-    rows: list[Row] = []
+def _show(outcome: Outcome) -> None:
+    shown = card_table(f"{outcome.model}: benchmark", outcome.rows)
+    if outcome.failed:
+        shown.caption = "\n".join(
+            f"{escape(level)}: {escape(reason)}" for level, reason in outcome.failed.items()
+        )
+    wide_console().print(shown)
+
+
+async def _bench(settings: Settings, *, speed: bool, fresh: bool) -> Outcome:
+    outcome = Outcome()
     async with workshop(settings) as backend:
+        outcome.model = backend.model
         ladder = [spec for spec in backend.ladder() if spec.family != "upstream"]
         with progress_bars() as bars:
             whole = bars.add_task("all levels", total=len(ladder))
-            for spec in ladder:
-                task = bars.add_task(spec.level, total=1.0)
-
-                def show(
-                    share: float, message: str, task: Any = task, name: str = spec.level
-                ) -> None:
-                    bars.update(task, completed=share, description=f"{name}: {message}")
-
+            for index, spec in enumerate(ladder):
+                known = None if fresh else _known(backend, spec.level)
                 try:
-                    card = await backend.measure(spec.level, show, speed=speed)
+                    card = known or await _measured(backend, spec.level, bars, speed=speed)
                 except BuildFailed as error:
-                    raise InvalidRequest(f"{spec.level}: {error}", param="levels") from error
-                if speed:  # an untimed card must not replace a timed one
-                    await backend.remember(spec.level, card)
-                rows.append((spec.level, spec.family, card))
-                bars.remove_task(task)
+                    outcome.failed[spec.level] = str(error)
+                    said = f"not built: {error}"
+                else:
+                    outcome.rows.append((spec.level, spec.family, card))
+                    said = f"perplexity ratio {card.perplexity_ratio:.4f}"
+                    said += " (measured before)" if known else ""
                 bars.advance(whole)
-    return backend.model, rows
+                if bars.disable:  # nobody watches bars: leave a trace in the log
+                    typer.echo(f"[{index + 1}/{len(ladder)}] {spec.level}: {said}", err=True)
+    if not outcome.rows:
+        level, reason = next(iter(outcome.failed.items()))
+        raise InvalidRequest(f"{level}: {reason}", param="levels")
+    return outcome
 
 
-def _result(served: str, rows: Sequence[Row], settings: Settings) -> dict[str, Any]:
+def _known(backend: LocalBackend, level: str) -> Card | None:
+    """The level's card if this host measured all of it before, under the same conditions."""
+    card = backend.card(level)
+    return card if card.measured and card.perplexity_ratio_low is not None else None
+
+
+async def _measured(backend: LocalBackend, level: str, bars: Progress, *, speed: bool) -> Card:
+    task = bars.add_task(level, total=1.0)
+    try:
+        card = await backend.measure(
+            level,
+            lambda share, message: bars.update(
+                task, completed=share, description=f"{level}: {message}"
+            ),
+            speed=speed,
+        )
+    finally:
+        bars.remove_task(task)
+    if speed:  # an untimed card must not replace a timed one
+        await backend.remember(level, card)
+    return card
+
+
+def _result(outcome: Outcome, settings: Settings) -> dict[str, Any]:
     """The benchmark's JSON: host, versions, model and one object per level."""
     return {
+        "date": datetime.now(UTC).date().isoformat(),
         "host": {
             "processor": processor_name(),
             "cores": os.cpu_count(),
@@ -114,28 +180,12 @@ def _result(served: str, rows: Sequence[Row], settings: Settings) -> dict[str, A
             "python": platform.python_version(),
         },
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONED},
-        "model": served,
+        "model": outcome.model,
         "eval_text": str(settings.build.eval_text or "default"),
         "calibration": str(settings.build.calibration or "default"),
         "levels": [
             {"level": level, "family": family} | card.model_dump(mode="json")
-            for level, family, card in rows
+            for level, family, card in outcome.rows
         ],
+        "failed": outcome.failed,
     }
-
-
-def markdown_table(rows: Sequence[Row]) -> str:
-    """The table of the README."""
-    lines = [
-        "| level | stored MB | ratio | decode tok/s ×1 | ×8 | speed-up | perplexity ratio | "
-        "KL (nats) | top-1 agreement | build s |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for level, _, card in rows:
-        one, eight = (card.decode_tokens_per_s.get(b, 0.0) for b in ("1", "8"))
-        lines.append(
-            f"| `{level}` | {card.stored_bytes / 1e6:.1f} | {card.compression_ratio:.2f} "
-            f"| {one:.0f} | {eight:.0f} | {card.speedup:.2f} | {card.perplexity_ratio:.4f} "
-            f"| {card.kl_nats:.4f} | {card.top1_agreement:.3f} | {card.build_seconds:.1f} |"
-        )
-    return "\n".join(lines)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from compressors.levels import STANDARD
 from gateway.config import Settings, load_settings
 from gateway.errors import ConfigError, InvalidRequest
 
@@ -20,7 +21,8 @@ ModelName = Annotated[
     typer.Option("--model", help="Folder or hub id. Default: the bundled model or the config's."),
 ]
 LevelNames = Annotated[
-    str | None, typer.Option("--levels", help="Comma-separated levels, or 'all' for the ladder.")
+    str | None,
+    typer.Option("--levels", help="Comma-separated levels, or 'all' for the standard benchmark's."),
 ]
 CalibrationFile = Annotated[
     Path | None, typer.Option("--calibration", help="Text to calibrate on (UTF-8).")
@@ -56,8 +58,9 @@ def settings_of(
     changes: dict[str, Any] = {}
     if model is not None:
         changes["models"] = [{"id": _model_id(model), "path": model}]
-    if levels is not None and levels != "all":
-        changes["levels"] = tuple(part.strip() for part in levels.split(",") if part.strip())
+    if levels is not None:
+        named = tuple(part.strip() for part in levels.split(",") if part.strip())
+        changes["levels"] = STANDARD if named == ("all",) else named
     build = {"calibration": calibration, "eval_text": eval_text}
     for name, file in build.items():
         if file is not None and not file.is_file():

@@ -12,17 +12,20 @@ from rich.table import Table
 from gateway.variants.card import Card
 from gateway.variants.variant import LadderSnapshot
 
-_WIDTH = 140
+_WIDTH = 170
 _COLUMNS = (
     "MB",
     "ratio",
     "prefill/s",
     "decode/s",
     "×8/s",
-    "speed-up",
+    "prefill ×",
+    "decode ×",
     "ppl ratio",
+    "± 95 %",
     "KL nats",
     "top-1",
+    "flips",
     "build s",
 )
 
@@ -52,16 +55,20 @@ def card_table(title: str, cards: Iterable[tuple[str, str, Card]]) -> Table:
 def cells(card: Card) -> tuple[str, ...]:
     """The card's figures in the order of the columns; `–` where unknown."""
     mark = "" if card.measured else "~"
+    timed = card.measured and bool(card.decode_tokens_per_s)
     return (
         f"{mark}{card.stored_bytes / 1e6:.1f}",
         f"{mark}{card.compression_ratio:.2f}",
         _number(card.prefill_tokens_per_s),
         _number(card.decode_tokens_per_s.get("1", 0.0)),
         _number(card.decode_tokens_per_s.get("8", 0.0)),
-        f"{card.speedup:.2f}" if card.measured else "–",
+        f"{card.prefill_speedup:.2f}" if timed else "–",
+        f"{card.speedup:.2f}" if timed else "–",
         f"{mark}{card.perplexity_ratio:.4f}",
+        "–" if card.ratio_margin is None else f"{card.ratio_margin:.4f}",
         f"{mark}{card.kl_nats:.4f}",
         f"{mark}{card.top1_agreement:.3f}",
+        f"{card.flips:.3f}" if card.measured else "–",
         f"{mark}{card.build_seconds:.1f}",
     )
 
