@@ -13,15 +13,17 @@ Owns the pool's tensors; knows nothing of sequences, schedules or requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from compressors.kv_scheme import KVScheme
 
 NAME = "pressgate"
 _SLOT = "pressgate_slot"
@@ -43,19 +45,82 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What makes two variants' KV blocks the same size: every layer's shape, and the dtype."""
+    """What makes two variants' KV blocks the same: every layer's shape, the dtype, and how keys
+    and values are quantized (None: they are not)."""
 
     layers: tuple[LayerShape, ...]
     dtype: torch.dtype
+    kv: KVScheme | None = None
+
+    def block_size(self, preferred: int) -> int:
+        """Tokens of a block: a quantized one is one group of keys."""
+        return preferred if self.kv is None else self.kv.group
 
     def block_bytes(self, block_size: int) -> int:
         """Bytes of one block over all layers."""
+        if self.kv is not None:
+            return sum(self.kv.block_bytes(s.kv_heads, s.key_dim, s.value_dim) for s in self.layers)
         values = sum(s.kv_heads * (s.key_dim + s.value_dim) for s in self.layers)
         return values * block_size * self.dtype.itemsize
 
+    @property
+    def tail_blocks(self) -> int:
+        """Blocks that a running sequence holds besides those of its tokens."""
+        return 0 if self.kv is None else self.kv.tail_blocks
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """A tensor of zeros whose memory is taken when it is used."""
+    if device != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zero pages, which cost nothing until they are used;
+    # torch.zeros would write them all: half a second a gigabyte, in the engine's thread.
+    pages = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
+    return torch.from_numpy(pages).view(dtype).view(shape)
+
+
+class LayerKV(Protocol):
+    """One layer's keys and values in a pool, and attention to them.
+
+    Both take the new tokens' query, key and value, [a, heads, b, dim] with a * b rows, store the
+    latter two, and return what the rows attend to, [a, b, heads, value_dim].
+    """
+
+    def decode(self, new: Rows, window: int, scoring: Scoring, step: Step) -> Tensor:
+        """[batch, 1]: one new token per row."""
+        ...
+
+    def prefill(self, new: Rows, window: int, scoring: Scoring, step: Step) -> Tensor:
+        """[1, tokens]: the step's segments."""
+        ...
+
+
+class Pool(Protocol):
+    """The tensors of all layers for one layout."""
+
+    layout: Layout
+    num_blocks: int
+    block_size: int
+    device: torch.device
+
+    @property
+    def layers(self) -> Sequence[LayerKV]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def mask(self, start: int, stop: int, window: int | None) -> Tensor | None:
+        """What a prefill of positions [start, stop) may see; None where plain causality over the
+        chunk itself says it all."""
+        ...
+
+    def clear(self) -> None:
+        """Let go of the tensors."""
+        ...
+
 
 class KVPool:
-    """Key and value tensors of one layout: per layer [num_blocks, block_size, kv_heads, dim].
+    """Keys and values as they are: per layer [num_blocks, block_size, kv_heads, dim].
 
     Zero-filled, because padding must never read a NaN.
     """
@@ -64,22 +129,29 @@ class KVPool:
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_size = block_size
+        self.device = torch.device(device)
 
         def make(heads: int, dim: int) -> Tensor:
-            shape = (num_blocks, block_size, heads, dim)
-            if device != "cpu":
-                return torch.zeros(shape, dtype=layout.dtype, device=device)
-            # numpy asks the system for zero pages, which cost nothing until they are used;
-            # torch.zeros would write them all: half a second a gigabyte, in the engine's thread.
-            pages = np.zeros(math.prod(shape) * layout.dtype.itemsize, dtype=np.uint8)
-            return torch.from_numpy(pages).view(layout.dtype).view(shape)
+            return zeros((num_blocks, block_size, heads, dim), layout.dtype, device)
 
-        self.keys = [make(shape.kv_heads, shape.key_dim) for shape in layout.layers]
-        self.values = [make(shape.kv_heads, shape.value_dim) for shape in layout.layers]
+        self.layers = [
+            PlainKV(make(shape.kv_heads, shape.key_dim), make(shape.kv_heads, shape.value_dim))
+            for shape in layout.layers
+        ]
 
     @property
     def nbytes(self) -> int:
         return self.num_blocks * self.layout.block_bytes(self.block_size)
+
+    def mask(self, start: int, stop: int, window: int | None) -> Tensor | None:
+        """bool [stop - start, stop] (see `Pool.mask`)."""
+        if start == 0 and (window is None or stop <= window):
+            return None
+        return allowed(torch.arange(start, stop, device=self.device), stop, window)
+
+    def clear(self) -> None:
+        """See `Pool.clear`."""
+        self.layers.clear()
 
 
 class Mode(Enum):
@@ -92,8 +164,8 @@ class Mode(Enum):
 class Segment:
     """One sequence's chunk in a packed prefill: rows [begin, end), the first at position `start`.
 
-    `blocks` is its block table; `masks[w]` (bool [end - begin, start + end - begin]) allows keys
-    under the model's w-th window, None where plain causality over the chunk itself says it all.
+    `blocks` is its block table, `tail` its tail block (0: none); `masks[w]` is `Pool.mask` under
+    the model's w-th window.
     """
 
     begin: int
@@ -101,6 +173,7 @@ class Segment:
     start: int
     blocks: Tensor
     masks: list[Tensor | None]
+    tail: int = 0
 
 
 @dataclass(slots=True)
@@ -111,6 +184,10 @@ class Step:
         writes: int64 [rows]: flat pool slot of each new token.
         tables: int64 [batch * blocks]: block table of each row, padded with block 0 (decode).
         masks: per window, additive [batch, 1, 1, blocks * block_size] (decode); fp32 on the CPU.
+        tails: int64 [batch]: block that holds the keys of each row's incomplete group (decode,
+            quantized pools).
+        own: int64 [batch]: place of that group in the row's table (likewise).
+        complete: rows whose token completes a group (decode, quantized pools).
         segments: the packed chunks (prefill).
         windows: the distinct sliding windows of the layers; None is full attention.
     """
@@ -118,20 +195,37 @@ class Step:
     mode: Mode = Mode.FULL
     writes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     tables: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    tails: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    own: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    complete: list[int] = field(default_factory=list)
     masks: list[Tensor] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
 
 
+class Rows(NamedTuple):
+    """The new tokens of a step: query [a, heads, b, dim], key and value [a, kv_heads, b, dim]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+class Scoring(NamedTuple):
+    """How scores become weights: `scale` (None: 1/√dim) and Gemma 2's `softcap`."""
+
+    scale: float | None
+    softcap: float | None
+
+
 class Slot:
-    """One attention layer's place: its pool tensors, its window and the shared step."""
+    """One attention layer's place: its part of the pool, its window and the shared step."""
 
     def __init__(self, step: Step) -> None:
         self.step = step
         self.window = 0  # index into step.windows
         self.shape: LayerShape | None = None
-        self.keys = torch.empty(0)
-        self.values = torch.empty(0)
+        self.kv: LayerKV | None = None
 
     def learn(self, key: Tensor, value: Tensor, window: int | None) -> None:
         """Note the layer's shape and window on the first, pool-less call."""
@@ -140,18 +234,54 @@ class Slot:
             self.step.windows.append(window)
         self.window = self.step.windows.index(window)
 
-    def write(self, key: Tensor, value: Tensor) -> None:
-        """Store the new rows' keys and values, [a, kv_heads, b, dim] with a * b rows."""
-        writes = self.step.writes
-        for pool, new in ((self.keys, key), (self.values, value)):
-            rows = new.transpose(1, 2).reshape(writes.shape[0], *pool.shape[2:])
-            pool.view(-1, *pool.shape[2:]).index_copy_(0, writes, rows)
 
-    def gather(self, tables: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+class PlainKV:
+    """`LayerKV` of unquantized keys and values, each [num_blocks, block_size, kv_heads, dim]."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self._keys, self._values = keys, values
+
+    def decode(self, new: Rows, window: int, scoring: Scoring, step: Step) -> Tensor:
+        """See `LayerKV.decode`."""
+        self._write(new, step)
+        query = new.query
+        batch, heads, _, dim = query.shape
+        keys, values = self._gather(step.tables, batch)
+        # Heads that share a KV head become its query rows: grouped-query attention without copies.
+        grouped = query.view(batch, keys.shape[1], heads // keys.shape[1], dim)
+        if keys.is_cpu and keys.dtype is not torch.float32:
+            # torch's CPU kernels for one query in bf16 take 2-3 times as long as converting it.
+            grouped, keys, values = grouped.float(), keys.float(), values.float()
+        out = softmax_attention(grouped, keys, values, step.masks[window], scoring)
+        return out.to(query.dtype).reshape(batch, 1, heads, values.shape[3])
+
+    def prefill(self, new: Rows, window: int, scoring: Scoring, step: Step) -> Tensor:
+        """See `LayerKV.prefill`."""
+        self._write(new, step)
+        outs = []
+        for segment in step.segments:
+            rows = slice(segment.begin, segment.end)
+            if segment.start == 0:
+                keys, values = new.key[:, :, rows], new.value[:, :, rows]
+            else:
+                keys, values = self._gather(segment.blocks, 1)
+                length = segment.start + segment.end - segment.begin
+                keys, values = keys[:, :, :length], values[:, :, :length]
+            mask = segment.masks[window]
+            outs.append(softmax_attention(new.query[:, :, rows], keys, values, mask, scoring))
+        return torch.cat(outs, dim=2).transpose(1, 2)
+
+    def _write(self, new: Rows, step: Step) -> None:
+        writes = step.writes
+        for pool, rows in ((self._keys, new.key), (self._values, new.value)):
+            flat = rows.transpose(1, 2).reshape(writes.shape[0], *pool.shape[2:])
+            pool.view(-1, *pool.shape[2:]).index_copy_(0, writes, flat)
+
+    def _gather(self, tables: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """Keys and values of `batch` equally long block tables, each [batch, kv_heads, n, dim]."""
         keys, values = (
             pool.index_select(0, tables).view(batch, -1, *pool.shape[2:]).transpose(1, 2)
-            for pool in (self.keys, self.values)
+            for pool in (self._keys, self._values)
         )
         return keys, values
 
@@ -173,13 +303,6 @@ def register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(NAME, attend)
 
 
-class _Scoring(NamedTuple):
-    """How scores become weights: `scale` (None: 1/√dim) and Gemma 2's `softcap`."""
-
-    scale: float | None
-    softcap: float | None
-
-
 def attend(
     module: nn.Module,
     query: Tensor,
@@ -197,15 +320,14 @@ def attend(
     if slot.shape is None:
         _refuse_foreign(attention_mask, options)
         slot.learn(key, value, options.get("sliding_window"))
-    scoring = _Scoring(options.get("scaling"), options.get("softcap"))
+    scoring = Scoring(options.get("scaling"), options.get("softcap"))
     step = slot.step
     if step.mode is Mode.FULL:
         mask = _full_mask(query.shape[2], step.windows[slot.window], query.device)
-        return _softmax_attention(query, key, value, mask, scoring).transpose(1, 2), None
-    slot.write(key, value)
-    if step.mode is Mode.DECODE:
-        return _decode(slot, query, scoring), None
-    return _prefill(slot, query, key, value, scoring), None
+        return softmax_attention(query, key, value, mask, scoring).transpose(1, 2), None
+    assert slot.kv is not None, "a step with a pool needs a bound pool"
+    run = slot.kv.decode if step.mode is Mode.DECODE else slot.kv.prefill
+    return run(Rows(query, key, value), slot.window, scoring, step), None
 
 
 def _refuse_foreign(attention_mask: Tensor | None, options: Mapping[str, Any]) -> None:
@@ -216,36 +338,8 @@ def _refuse_foreign(attention_mask: Tensor | None, options: Mapping[str, Any]) -
         raise UnsupportedAttention(f"attention with {', '.join(foreign)} is not supported")
 
 
-def _decode(slot: Slot, query: Tensor, scoring: _Scoring) -> Tensor:
-    step = slot.step
-    batch, heads, _, dim = query.shape
-    keys, values = slot.gather(step.tables, batch)
-    # Heads that share a KV head become its query rows: grouped-query attention without copies.
-    grouped = query.view(batch, keys.shape[1], heads // keys.shape[1], dim)
-    if keys.is_cpu and keys.dtype is not torch.float32:
-        # torch's CPU kernels for one query in bf16 take 2-3 times as long as converting to fp32.
-        grouped, keys, values = grouped.float(), keys.float(), values.float()
-    out = _softmax_attention(grouped, keys, values, step.masks[slot.window], scoring)
-    return out.to(query.dtype).reshape(batch, 1, heads, values.shape[3])
-
-
-def _prefill(slot: Slot, query: Tensor, key: Tensor, value: Tensor, scoring: _Scoring) -> Tensor:
-    outs = []
-    for segment in slot.step.segments:
-        rows = slice(segment.begin, segment.end)
-        if segment.start == 0:
-            keys, values = key[:, :, rows], value[:, :, rows]
-        else:
-            keys, values = slot.gather(segment.blocks, 1)
-            length = segment.start + segment.end - segment.begin
-            keys, values = keys[:, :, :length], values[:, :, :length]
-        mask = segment.masks[slot.window]
-        outs.append(_softmax_attention(query[:, :, rows], keys, values, mask, scoring))
-    return torch.cat(outs, dim=2).transpose(1, 2)
-
-
-def _softmax_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: _Scoring
+def softmax_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scoring: Scoring
 ) -> Tensor:
     """softmax(cap(q kᵀ · scale) + mask) v; no mask means causal."""
     if scoring.softcap is None:

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gateway.engine.attention import KVPool, Layout
+from gateway.engine.attention import Layout, Pool
 from gateway.engine.base import (
     BadPrompt,
     EngineError,
@@ -29,6 +29,7 @@ from gateway.engine.base import (
 )
 from gateway.engine.grammar import Matcher
 from gateway.engine.kv_cache import BlockPool
+from gateway.engine.kv_quant import make_pool
 from gateway.engine.runner import Model, Runner, forward_logits
 from gateway.engine.sampler import RowState, Scored, sample, score
 from gateway.engine.scheduler import Chunk, Limits, Scheduler
@@ -93,7 +94,7 @@ class _Group:
     """Variants of one KV layout: their pool and their scheduler."""
 
     layout: Layout
-    tensors: KVPool
+    tensors: Pool
     scheduler: Scheduler
     context: int
     members: dict[str, _Variant] = field(default_factory=dict)
@@ -299,15 +300,15 @@ class Core:
 
     def _new_group(self, model: Model) -> tuple[_Group, list[Event]]:
         blocks = self._blocks(model.layout, model.context_length, len(self._groups) + 1)
-        if blocks < 2:
+        if blocks < 2 + model.layout.tail_blocks:
             raise Unavailable(
                 f"the KV cache of {self._options.kv_bytes} bytes has no room for another layout"
             )
         events = self._share_out(len(self._groups) + 1)
         options = self._options
-        tensors = KVPool(model.layout, blocks, options.block_size, options.device)
+        tensors = make_pool(model.layout, blocks, options.block_size, options.device)
         limits = Limits(options.max_num_seqs, options.max_waiting, options.prefill_chunk)
-        scheduler = Scheduler(self._books(blocks), limits)
+        scheduler = Scheduler(self._books(model.layout, blocks), limits, model.layout.tail_blocks)
         group = _Group(model.layout, tensors, scheduler, model.context_length)
         self._groups[model.layout] = group
         return group, events
@@ -316,27 +317,31 @@ class Core:
         """Give every present layout its part of the KV budget; sequences are recomputed."""
         events: list[Event] = []
         for group in self._groups.values():
-            blocks = max(2, self._blocks(group.layout, group.context, shares))
+            blocks = max(
+                2 + group.layout.tail_blocks, self._blocks(group.layout, group.context, shares)
+            )
             if blocks == group.tensors.num_blocks:
                 continue
-            for seq in group.scheduler.replace_pool(self._books(blocks)):
+            for seq in group.scheduler.replace_pool(self._books(group.layout, blocks)):
                 job = group.members[seq.variant].jobs.pop(id(seq))
                 events.append((job, SequenceFailed("the KV cache shrank below this sequence")))
             _release(group)
-            group.tensors = KVPool(
+            group.tensors = make_pool(
                 group.layout, blocks, self._options.block_size, self._options.device
             )
             for member in group.members.values():
                 member.runner.bind(group.tensors)
         return events
 
-    def _books(self, blocks: int) -> BlockPool:
-        return BlockPool(blocks, self._options.block_size, reuse=self._options.prefix_cache)
+    def _books(self, layout: Layout, blocks: int) -> BlockPool:
+        size = layout.block_size(self._options.block_size)
+        return BlockPool(blocks, size, reuse=self._options.prefix_cache)
 
     def _blocks(self, layout: Layout, context: int, shares: int) -> int:
-        size = self._options.block_size
+        size = layout.block_size(self._options.block_size)
         affordable = self._options.kv_bytes // shares // layout.block_bytes(size)
-        useful = _POOL_LIVES * self._options.max_num_seqs * -(-context // size) + 1
+        each = -(-context // size) + layout.tail_blocks
+        useful = _POOL_LIVES * self._options.max_num_seqs * each + 1
         return min(affordable, useful)
 
 
@@ -344,9 +349,8 @@ def _release(group: _Group) -> None:
     """Let go of a pool's tensors before the next are made, so that both never exist at once."""
     for member in group.members.values():
         for slot in member.model.slots:
-            slot.keys = slot.values = torch.empty(0)
-    group.tensors.keys.clear()
-    group.tensors.values.clear()
+            slot.kv = None
+    group.tensors.clear()
 
 
 def _score_prompt(job: Job, chunk: Chunk, rows: Tensor) -> None:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from compressors.base import CompressionError
+from compressors.kv_scheme import KVScheme
 from compressors.model import build_skeleton, set_tensor
 from compressors.tensor import StoredLinear
 from gateway.engine import attention
-from gateway.engine.attention import KVPool, Layout, Mode, Segment, Slot, Step
+from gateway.engine.attention import Layout, Mode, Pool, Segment, Slot, Step
 from gateway.engine.kernels.linear import make_linear
+from gateway.engine.kv_quant import make_pool
 from gateway.engine.scheduler import Chunk
 from gateway.engine.scheduler import Sequence as Tokens
 from gateway.errors import ModelError
@@ -28,6 +30,7 @@ from gateway.errors import ModelError
 _UNLIMITED_CONTEXT = 4096  # for a config that names no limit
 _SERIES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 _CONTEXT_STEP = 64  # tokens; context buckets are this times the series
+_WINDOW_CHUNK = 256  # tokens at once of a window that goes through the KV cache
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,14 @@ class VariantWeights:
         tensors: parameter name → tensor, mapped from a file and never written to.
         linears: module name → compressed weight; its bias, if any, is in `tensors`.
         dtype: of the computation.
+        kv: how keys and values are quantized while it is served; None: not.
     """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     linears: Mapping[str, StoredLinear]
     dtype: torch.dtype
+    kv: KVScheme | None = None
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def build_model(weights: VariantWeights, *, device: str = "cpu") -> Model:
         module=module,
         step=step,
         slots=slots,
-        layout=Layout(shapes, weights.dtype),
+        layout=Layout(shapes, weights.dtype, weights.kv),
         context_length=int(limit),
         vocab_size=vocab_size,
         resident_bytes=_resident_bytes(module),
@@ -108,20 +113,48 @@ def build_model(weights: VariantWeights, *, device: str = "cpu") -> Model:
 
 @torch.inference_mode()
 def forward_logits(model: Model, windows: Tensor) -> Tensor:
-    """fp32 logits [n, length, vocab] of whole windows (int64 [n, length]) without the KV pool."""
+    """fp32 logits [n, length, vocab] of whole windows (int64 [n, length]).
+
+    Without a KV pool, unless the model quantizes its keys and values: then through a small one.
+    """
+    if model.layout.kv is not None:
+        return _through_cache(model, windows)
     model.step.mode = Mode.FULL
     device = next(model.module.parameters()).device
     positions = torch.arange(windows.shape[1], device=device).expand(windows.shape[0], -1)
     return _logits(model.module, windows.to(device), positions, 0).float()
 
 
+def _through_cache(model: Model, windows: Tensor) -> Tensor:
+    """`forward_logits` by the engine's own steps, on a pool that holds one window."""
+    length = windows.shape[1]
+    tail, size = model.layout.tail_blocks, model.layout.block_size(_CONTEXT_STEP)
+    blocks = list(range(1 + tail, 1 + tail - (-length // size)))
+    device = str(next(model.module.parameters()).device)
+    bound = [slot.kv for slot in model.slots]
+    runner = Runner(
+        model, make_pool(model.layout, len(blocks) + 1 + tail, size, device), max_batch=1
+    )
+    try:
+        rows = []
+        for window in windows.tolist():
+            seq = Tokens("", length, 0, window, blocks=blocks, tail=list(range(1, 1 + tail)))
+            for start in range(0, length, _WINDOW_CHUNK):
+                chunk = Chunk(seq, start, min(_WINDOW_CHUNK, length - start))
+                rows += runner.prefill([chunk], [True])
+    finally:
+        for slot, kv in zip(model.slots, bound, strict=True):
+            slot.kv = kv
+    return torch.cat(rows).view(len(windows), length, -1)
+
+
 class Runner:
     """Runs a model's steps on a KV pool."""
 
-    def __init__(self, model: Model, pool: KVPool, *, max_batch: int) -> None:
+    def __init__(self, model: Model, pool: Pool, *, max_batch: int) -> None:
         self.model = model
         self._size = pool.block_size
-        self._device = pool.keys[0].device
+        self._device = pool.device
         self._batches = _buckets(max_batch)
         per_step = max(1, _CONTEXT_STEP // self._size)
         blocks = -(-model.context_length // self._size)
@@ -134,6 +167,8 @@ class Runner:
         self._ids = buffer(batch, 1)
         self._positions = buffer(batch, 1)
         self._writes = buffer(batch)
+        self._tails = buffer(batch)
+        self._own = buffer(batch)
         self._tables = buffer(batch * context)
         self._columns = torch.arange(context * self._size, device=self._device)
         cells = batch * context * self._size
@@ -141,10 +176,11 @@ class Runner:
         self._masks = [buffer(cells, dtype=dtype) for _ in model.step.windows]
         self.bind(pool)
 
-    def bind(self, pool: KVPool) -> None:
+    def bind(self, pool: Pool) -> None:
         """Use (another) pool of the model's layout."""
-        for slot, keys, values in zip(self.model.slots, pool.keys, pool.values, strict=True):
-            slot.keys, slot.values = keys, values
+        self._pool = pool
+        for slot, layer in zip(self.model.slots, pool.layers, strict=True):
+            slot.kv = layer
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[Tokens]) -> Tensor:
@@ -214,6 +250,8 @@ class Runner:
         step = self.model.step
         step.writes = self._writes[:rows]
         step.tables = self._tables[: rows * context]
+        if self.model.layout.kv is not None:
+            self._stage_groups(batch, last)
         length = context * size
         behind = self._positions[:rows] - self._columns[:length]
         step.masks = []
@@ -225,17 +263,25 @@ class Runner:
             mask.zero_().masked_fill_(hidden[:, None, None], float("-inf"))
             step.masks.append(mask)
 
+    def _stage_groups(self, batch: Sequence[Tokens], last: Sequence[int]) -> None:
+        """Where the rows' incomplete groups are, and which of them this step completes."""
+        rows, own = len(last), [at // self._size for at in last]
+        # Without a block of its own, the tail lies in the group's.
+        tails = [
+            seq.tail[0] if seq.tail else seq.blocks[at] for seq, at in zip(batch, own, strict=False)
+        ]
+        self._own[:rows] = torch.tensor(own)
+        self._tails[:rows] = torch.tensor(tails + [0] * (rows - len(batch)))
+        step = self.model.step
+        step.own, step.tails = self._own[:rows], self._tails[:rows]
+        step.complete = [i for i in range(len(batch)) if (last[i] + 1) % self._size == 0]
+
     def _segment(self, chunk: Chunk, begin: int) -> Segment:
         stop = chunk.start + chunk.length
-        positions = torch.arange(chunk.start, stop, device=self._device)
-        masks = [
-            None
-            if chunk.start == 0 and (window is None or stop <= window)
-            else attention.allowed(positions, stop, window)
-            for window in self.model.step.windows
-        ]
+        masks = [self._pool.mask(chunk.start, stop, w) for w in self.model.step.windows]
         blocks = self._tensor(chunk.seq.blocks[: -(-stop // self._size)])
-        return Segment(begin, begin + chunk.length, chunk.start, blocks, masks)
+        tail = chunk.seq.tail[0] if chunk.seq.tail else 0
+        return Segment(begin, begin + chunk.length, chunk.start, blocks, masks, tail)
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)

@@ -40,8 +40,9 @@ class Limits:
 class Sequence:
     """One request's tokens and where they are.
 
-    `tokens` is prompt and output; `computed` counts those whose KV is in `blocks`; `no_reuse` makes
-    the whole prompt be computed (its logits are wanted).
+    `tokens` is prompt and output; `computed` counts those whose KV is in `blocks`; `tail` are
+    blocks it works in besides; `no_reuse` makes the whole prompt be computed (its logits are
+    wanted).
     """
 
     variant: str
@@ -53,6 +54,7 @@ class Sequence:
     computed: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
+    tail: list[int] = field(default_factory=list)
     keys: list[Key] = field(default_factory=list)
 
     @property
@@ -103,11 +105,15 @@ def _arrival(seq: Sequence) -> int:
 
 
 class Scheduler:
-    """Owner of the sequences of every variant on one pool. Single-threaded."""
+    """Owner of the sequences of every variant on one pool. Single-threaded.
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+    Every running sequence holds `tail_blocks` blocks besides those of its tokens.
+    """
+
+    def __init__(self, pool: BlockPool, limits: Limits, tail_blocks: int = 0) -> None:
         self.pool = pool
         self._limits = limits
+        self._tail = tail_blocks
         self._queues: dict[str, _Queues] = {}
         self._arrivals = count()
 
@@ -119,8 +125,7 @@ class Scheduler:
         """Forget a variant; returns the sequences that were still there, their blocks freed."""
         queues = self._queues.pop(variant)
         for seq in queues.running:
-            self.pool.release(seq.blocks)
-            seq.blocks = []
+            self._free(seq)
         return [*queues.running, *queues.waiting]
 
     def add(self, seq: Sequence) -> None:
@@ -219,7 +224,7 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, sequences and pool agree."""
-        self.pool.check_integrity(seq.blocks for seq in self._running())
+        self.pool.check_integrity(seq.blocks + seq.tail for seq in self._running())
         for queues in self._queues.values():
             assert len(queues.running) <= self._limits.max_num_seqs
             assert queues.running == sorted(queues.running, key=_arrival)
@@ -227,15 +232,17 @@ class Scheduler:
             assert not set(map(id, queues.running)) & set(map(id, queues.waiting))
             for seq in queues.waiting:
                 assert not seq.blocks
+                assert not seq.tail
                 assert seq.computed == 0
             for seq in queues.running:
                 assert 0 <= seq.computed <= len(seq.tokens)
                 assert len(seq.blocks) >= self._blocks_for(seq.computed)
+                assert len(seq.tail) == self._tail
 
     @property
     def capacity(self) -> int:
         """Tokens the pool holds when one sequence has it alone."""
-        return self.pool.total * self.pool.block_size
+        return (self.pool.total - self._tail) * self.pool.block_size
 
     def _fit(self, seq: Sequence) -> bool:
         """Cut `max_tokens` to the pool; False if not even one more token fits."""
@@ -267,13 +274,13 @@ class Scheduler:
             if self._older_waits_for_blocks(seq):
                 return
             reused = self._reusable(seq)
-            missing = self._blocks_for(len(seq.tokens)) - len(reused)
+            missing = self._blocks_for(len(seq.tokens)) - len(reused) + self._tail
             if missing + self.pool.idle(reused) > self.pool.available:
                 return
             self.pool.hold(reused)
             blocks = self.pool.allocate(missing)
             assert blocks is not None, "availability was checked"
-            seq.blocks = reused + blocks
+            seq.tail, seq.blocks = blocks[: self._tail], reused + blocks[self._tail :]
             seq.computed = len(reused) * self.pool.block_size
             if seq.generated == 0:
                 seq.cached = seq.computed
@@ -288,7 +295,8 @@ class Scheduler:
             if queues.waiting and len(queues.running) < self._limits.max_num_seqs
         )
         return any(
-            head.arrival < seq.arrival and self._blocks_for(len(head.tokens)) > self.pool.available
+            head.arrival < seq.arrival
+            and self._blocks_for(len(head.tokens)) + self._tail > self.pool.available
             for head in heads
         )
 
@@ -315,6 +323,6 @@ class Scheduler:
         insort(queues.waiting, seq, key=_arrival)
 
     def _free(self, seq: Sequence) -> None:
-        self.pool.release(seq.blocks)
-        seq.blocks = []
+        self.pool.release(seq.blocks + seq.tail)
+        seq.blocks, seq.tail = [], []
         seq.computed = 0
