@@ -170,11 +170,14 @@ class Case:
             build=None,
             reason=reason,
             predicted=predicted,
-            verdicts=tuple(self._verdict(option) for option in self.options),
             retry_after_s=None,
             could_meet=None,
             code=code,
+            judge=self._verdicts,
         )
+
+    def _verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(self._verdict(option) for option in self.options)
 
     def _verdict(self, option: Option) -> Verdict:
         seconds = self.seconds(option) if needs_build(option.facts) else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from gateway.policy.budget import Budget, Objective, Sla
@@ -48,7 +49,7 @@ class Verdict:
     misses: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Decision:
     """What to do with a request, and why.
 
@@ -64,6 +65,8 @@ class Decision:
         retry_after_s: when rejected and a retry can succeed.
         could_meet: when rejected: the request's bounds, relaxed until a level keeps them now.
         code: the reason as one of a few words, for metrics and for the error's class.
+        judge: gives the verdicts; asked only when somebody wants to see them, because putting
+            every level's verdict into words takes longer than deciding.
     """
 
     policy: str
@@ -74,9 +77,14 @@ class Decision:
     build: str | None
     reason: str
     predicted: Prediction | None
-    verdicts: tuple[Verdict, ...]
     retry_after_s: float | None
     could_meet: dict[str, float] | None
     code: Code
+    judge: Callable[[], tuple[Verdict, ...]] = field(repr=False, compare=False)
     misses: tuple[str, ...] = ()
     warm: str | None = None
+
+    @cached_property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        """Every level's verdict, in ladder order."""
+        return self.judge()

@@ -74,7 +74,10 @@ def once_ready(options: Iterable[Option], bounds: Bounds) -> list[Option]:
         if option.barrier or option.facts.state is State.READY:
             continue
         predicted = option.predicted.warmed()
-        if not excess(bounds, costs(option.facts, predicted)):
+        if predicted is option.predicted:
+            if not option.broken:
+                ready.append(option)
+        elif not excess(bounds, costs(option.facts, predicted)):
             ready.append(replace(option, predicted=predicted, broken={}))
     return ready
 
