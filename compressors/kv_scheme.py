@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from compressors.recipe import Recipe
+
 GROUP = 32  # tokens whose keys share a scale per channel, as KIVI's
 VALUE_CHANNELS = 64  # of one token's values that share a scale, at most
 TAIL_CHANNELS = 32  # of one token's keys that share a scale while their group is incomplete
@@ -69,3 +71,9 @@ def channel_groups(dim: int, most: int) -> int:
         if dim % count == 0:
             return count
     return 1
+
+
+def scheme_of(recipe: Recipe) -> KVScheme | None:
+    """How a level's KV cache is quantized; None: it is not."""
+    step = recipe.step("kv")
+    return None if step is None else KVScheme(step.bits)

@@ -18,4 +18,6 @@ STANDARD = (
     "depth-75+int4-gptq-g128",
     "sparse24-wanda+int8",
     "lowrank-80+int8",
+    "int8+kv8",
+    "int4-gptq-g128+kv4",
 )

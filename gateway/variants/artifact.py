@@ -18,7 +18,9 @@ from cache.writer import ArtifactWriter
 from compressors.export.formats import open_packed, write_packed
 from compressors.export.model import CompressedModel
 from compressors.export.packed import FormatError
+from compressors.kv_scheme import scheme_of
 from compressors.model import Checkpoint, build_skeleton, source_names
+from compressors.recipe import Recipe
 from compressors.tensor import LinearForm, StoredLinear
 from gateway.engine.kernels.nested import child_of
 from gateway.engine.kernels.store import pack, unpack
@@ -72,6 +74,8 @@ class ArtifactSink:
 def weights_of(artifact: Artifact, dtype: torch.dtype, *, child: int = 0) -> VariantWeights:
     """The artifact's tensors as views of its mapped blobs: nothing is copied or repacked.
 
+    How it is served besides, with a quantized KV cache or not, its recipe says.
+
     Args:
         child: compute nested weights with so many bits; 0 is all. What is unused stays on disk.
 
@@ -93,7 +97,13 @@ def weights_of(artifact: Artifact, dtype: torch.dtype, *, child: int = 0) -> Var
         linears = {module: child_of(stored) for module, stored in linears.items()}
     packed = {name for record in manifest.modules.values() for name in record.tensors.values()}
     plain: Mapping[str, Tensor] = {n: t for n, t in tensors.items() if n not in packed}
-    return VariantWeights(config=manifest.config, tensors=plain, linears=linears, dtype=dtype)
+    return VariantWeights(
+        config=manifest.config,
+        tensors=plain,
+        linears=linears,
+        dtype=dtype,
+        kv=scheme_of(Recipe.parse(manifest.recipe)),
+    )
 
 
 def dense_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> VariantWeights:

@@ -19,6 +19,7 @@ from cache.errors import CacheError
 from cache.keys import variant_key
 from cache.lock import Claim
 from compressors.estimate import estimate
+from compressors.kv_scheme import scheme_of
 from compressors.recipe import Recipe
 from gateway.config import Model, Upstream
 from gateway.engine.base import TextCodec
@@ -59,7 +60,7 @@ class LocalBackend:
         self.model = model.id
         self.default_level = ""
         self.context_length = 0
-        self._kv_elements = 0
+        self._kv_heads, self._head_dim = 0, 0
         self._calibration = ""
         self.max_running = shared.settings.engine.max_num_seqs
         self._options = model
@@ -118,7 +119,7 @@ class LocalBackend:
         else:  # it comes compressed and is one level; there is no dense model to make others of
             self._names = ()
         self.context_length = _context_length(text_config)
-        self._kv_elements = _kv_elements(text_config)
+        self._kv_heads, self._head_dim = _kv_heads(text_config), _head_dim(text_config)
         self._calibration = self._calibration_digest()
         names = (self.default_level, *self._names)
         self._recipes = {name: Recipe.parse(name) for name in names}
@@ -184,7 +185,11 @@ class LocalBackend:
     def kv_bytes_per_token(self, level: str) -> int:
         if level in self._upstream:
             return 0
-        return self._kv_elements * _ITEM_BYTES[self._compute_dtype(level)]
+        scheme = scheme_of(self._recipes[level])
+        if scheme is not None:
+            block = scheme.block_bytes(self._kv_heads, self._head_dim, self._head_dim)
+            return -(-block // scheme.group)
+        return 2 * self._kv_heads * self._head_dim * _ITEM_BYTES[self._compute_dtype(level)]
 
     def load_bytes(self, level: str) -> int:
         if level in self._upstream:
@@ -409,9 +414,13 @@ def _context_length(config: Any) -> int:
     return 2048
 
 
-def _kv_elements(config: Any) -> int:
-    """Numbers that one token keeps as keys and values over all layers."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return int(2 * config.num_hidden_layers * kv_heads * head_dim)
+def _kv_heads(config: Any) -> int:
+    """Heads whose keys and values are kept, of all layers."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return int(config.num_hidden_layers * heads)
+
+
+def _head_dim(config: Any) -> int:
+    return int(
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
