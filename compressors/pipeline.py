@@ -28,9 +28,11 @@ from compressors.base import (
 )
 from compressors.calibration import Calibration
 from compressors.model import Checkpoint, set_tensor, torch_dtype, weight_of
+from compressors.narrow import narrow, plan_width
 from compressors.observe import Observer, relative_error
 from compressors.parallel import Lanes
 from compressors.plan import (
+    NO_LINEARS,
     LinearPlan,
     Plan,
     blocks_kept,
@@ -44,7 +46,7 @@ from compressors.recipe import Recipe
 from compressors.registry import METHODS
 from compressors.walk import Source, Walk
 
-_DEPTH_SHARE = 0.3  # of the progress, when blocks are chosen first
+_CHOICE_SHARE = 0.3  # of the progress that is left, when blocks, or heads and channels, are chosen
 _STATISTICS_BYTES = 512 * 2**20  # of the experts that are observed in one pass, K² floats each
 
 
@@ -101,11 +103,16 @@ def compress(
             source = open_source(checkpoint)
             windows = _windows(source, recipe, calibration)
             make_plan(source, checkpoint.config, recipe)
+            if width := recipe.step("width"):
+                plan_width(source, checkpoint.config, width.percent)
             start = job.resume()
         config = checkpoint.config
         if recipe.step("depth") and windows is not None:
             with job.timed("depth"):
                 source, config = job.drop_blocks(source, windows)
+        if recipe.step("width") and windows is not None:
+            with job.timed("width"):
+                source, config = job.narrow(source, config, windows)
         plan = make_plan(source, config, recipe)
         with job.timed("write"):
             job.write_outside(plan)
@@ -176,8 +183,22 @@ class _Job:
             self._kept = METHODS[step.method].load()(probe, kept=blocks_kept(total, step.percent))
         for index in sorted(set(range(total)) - set(self._kept)):
             self.skipped[source.blocks.prefix(index)] = "dropped as least important"
-        self._base = _DEPTH_SHARE
+        self._base = _CHOICE_SHARE
         return keep_blocks(source, self._kept)
+
+    def narrow(
+        self, source: Source, config: dict[str, Any], windows: Tensor
+    ) -> tuple[Source, dict[str, Any]]:
+        """Choose heads and channels to keep by measurement; the narrower model."""
+        step = self.recipe.step("width")
+        assert step is not None
+        job = plan_width(source, config, step.percent)
+        self.skipped |= {part: f"stay whole: {reason}" for part, reason in job.notes.items()}
+        walk = Walk(source, windows, device=self.device, lanes=self.lanes)
+        solve = METHODS[step.method].load()
+        smaller = narrow(job, walk, solve, lambda d, w: self.report(d * _CHOICE_SHARE, w))
+        self._base += (1.0 - self._base) * _CHOICE_SHARE
+        return smaller, job.config
 
     def write_outside(self, plan: Plan) -> None:
         """The config and everything that is in no block."""
@@ -194,7 +215,7 @@ class _Job:
         methods = [
             step.method
             for step in self.recipe.steps
-            if step.kind != "depth" and step.needs_calibration
+            if step.kind not in NO_LINEARS and step.needs_calibration
         ]
         for rows in plan.linears[: start.blocks]:
             self._done += sum(row.shape[0] * row.shape[1] for row in rows if row.steps)

@@ -25,8 +25,8 @@ from compressors.model import (
 from compressors.recipe import Recipe, Step
 from compressors.walk import Source
 
-# Kinds that leave every linear as it is: fewer blocks; keys and values, which serving makes.
-_NO_LINEARS = frozenset({"depth", "kv"})
+# Kinds that compress no linear: fewer or narrower blocks; keys and values, which serving makes.
+NO_LINEARS = frozenset({"depth", "width", "kv"})
 # Lists with one entry per decoder block, which must shrink with them.
 _PER_LAYER = ("layer_types", "no_rope_layers", "attention_layers", "mlp_layer_types")
 
@@ -137,7 +137,7 @@ def make_plan(source: Source, config: dict[str, Any], recipe: Recipe) -> Plan:
             steps, rank, note = _fit(recipe, n, k)
             rows.append(LinearPlan(name, f"{prefix}.{name}", (n, k), steps, rank, note))
         plan.linears.append(rows)
-    if any(step.kind not in _NO_LINEARS for step in recipe.steps) and not plan.weights:
+    if any(step.kind not in NO_LINEARS for step in recipe.steps) and not plan.weights:
         notes = {p.note for block in plan.linears for p in block} - {""}
         raise CompressionError(
             f"{recipe.name}: no linear of this model can be compressed so "
@@ -150,7 +150,7 @@ def _fit(recipe: Recipe, n: int, k: int) -> tuple[tuple[Step, ...], int, str]:
     """The steps that suit a layer [n, k], the rank, and a note on what was left out."""
     steps, rank, notes = [], 0, []
     for step in recipe.steps:
-        if step.kind in _NO_LINEARS:
+        if step.kind in NO_LINEARS:
             continue
         if step.kind == "sparse" and step.pattern == "24" and k % 4:
             notes.append(f"{k} columns are no multiple of 4: not pruned")

@@ -10,6 +10,7 @@ What `target` points at, by kind (weights are float32 `[N, K]`):
 - `sparse`:   `solve(weight, statistic, *, pattern) -> Sparse24` for 2:4, else `Bitmap`
 - `lowrank`:  `solve(weight, statistic, *, rank) -> LowRank`
 - `depth`:    `solve(probe, *, kept) -> tuple[int, ...]`, the decoder blocks to keep
+- `width`:    `solve(weight, statistic, *, unit, kept, biased) -> Cut`: of what reads them
 - `kv`:       the codec of keys; serving calls it, a job leaves the weights as they are
 - with `whole_model`, of whatever kind: `solve(checkpoint, step, windows, sink, *, progress, device)
   -> Report`
@@ -182,6 +183,7 @@ METHODS: dict[str, Method] = {
         "sparsegpt", "sparse", "pruning", f"{_PRUNE}.sparsegpt:solve", True, priors.SPARSEGPT
     ),
     "depth": Method("depth", "depth", "pruning", f"{_PRUNE}.depth:solve", True, priors.DEPTH),
+    "width": Method("width", "width", "pruning", f"{_PRUNE}.width:solve", True, priors.WIDTH),
     "svd": Method("svd", "lowrank", "lowrank", f"{_LOWRANK}.svd:solve", True, priors.SVD),
     "kivi": Method("kivi", "kv", "kv-cache", f"{_QUANTIZE}.kv:encode_keys", False, priors.KIVI),
 }
