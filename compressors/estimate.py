@@ -46,7 +46,7 @@ def estimate(recipe: Recipe, *, linear_share: float = 1.0) -> Estimate:
         disagreement *= left
         disagreement += (1.0 - quality.top1_agreement) * math.sqrt(factor)
         if step.kind == "embed":
-            rest = step.bits / 16
+            rest = (step.bits + (1 if step.bits == 4 else 0)) / 16  # groups of 32, with zeros
         blocks *= _step_size(step, recipe)
     whole = 2.0 if recipe.dtype == "fp32" else 1.0
     size = whole if not recipe.steps else linear_share * blocks + (1.0 - linear_share) * rest

@@ -61,8 +61,8 @@ def materialize(sink: MemorySink, *, dtype: torch.dtype = torch.float32) -> nn.M
     for name, tensor in sink.tensors.items():
         set_tensor(model, name, tensor.to(dtype) if tensor.is_floating_point() else tensor)
     for name, form in sink.linears.items():
-        module = model.get_submodule(name)
-        set_tensor(module, "weight", weight_of(module, form.dense(dtype)).contiguous())
+        weight = weight_of(model.get_submodule(name), form.dense(dtype)).contiguous()
+        set_tensor(model, f"{name}.weight", weight)  # in every module that shares it
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     if missing:
         raise ValueError(f"the sink lacks {', '.join(missing)}")

@@ -44,6 +44,7 @@ from compressors.plan import (
 from compressors.probe import DepthProbe
 from compressors.recipe import Recipe
 from compressors.registry import METHODS
+from compressors.tables import tables
 from compressors.walk import Source, Walk
 
 _CHOICE_SHARE = 0.3  # of the progress that is left, when blocks, or heads and channels, are chosen
@@ -207,8 +208,41 @@ class _Job:
             config.pop("torch_dtype", None)
             config["dtype"] = str(self._cast).removeprefix("torch.")
         self.sink.config(config)
+        quantized: dict[str, str] = {}
+        if self.recipe.step("embed"):
+            quantized, left = tables(plan.source.model)
+            self.skipped |= left
         for name in plan.source.outside():
-            self._pass_through(plan, name)
+            if name in quantized:
+                self._table(plan, name, quantized[name])
+            else:
+                self._pass_through(plan, name)
+
+    def _table(self, plan: Plan, name: str, module: str) -> None:
+        """Quantize parameter `name`, an embedding, a head or both, into the sink."""
+        step = self.recipe.step("embed")
+        assert step is not None
+        start = time.perf_counter()
+        stored = plan.source.read(name)
+        try:
+            form = METHODS[step.method].load()(stored.to(self.device), bits=step.bits)
+        except ValueError as error:
+            raise CompressionError(f"{module}: {error}") from error
+        form = form.stored_as(stored.dtype)
+        self.sink.linear(module, form)
+        dense = form.dense(torch.float32)
+        layer = LayerReport(
+            module=module,
+            scheme=form.scheme,
+            bytes_before=stored.numel() * stored.element_size(),
+            bytes_after=form.nbytes,
+            relative_error=relative_error(stored.float(), dense, None),
+            seconds=round(time.perf_counter() - start, 4),
+        )
+        if module not in {done.module for done in self.layers}:  # a resumed job has it
+            self.layers.append(layer)
+        plan.source.release(name)
+        self.report(0.0, module)
 
     def run(self, plan: Plan, windows: Tensor | None, start: Milestone) -> None:
         """Compress and write every block from `start` on."""

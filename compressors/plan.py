@@ -23,10 +23,11 @@ from compressors.model import (
     weight_of,
 )
 from compressors.recipe import Recipe, Step
+from compressors.tables import tables
 from compressors.walk import Source
 
 # Kinds that compress no linear: fewer or narrower blocks; keys and values, which serving makes.
-NO_LINEARS = frozenset({"depth", "width", "kv"})
+NO_LINEARS = frozenset({"depth", "width", "embed", "kv"})
 # Lists with one entry per decoder block, which must shrink with them.
 _PER_LAYER = ("layer_types", "no_rope_layers", "attention_layers", "mlp_layer_types")
 
@@ -143,6 +144,8 @@ def make_plan(source: Source, config: dict[str, Any], recipe: Recipe) -> Plan:
             f"{recipe.name}: no linear of this model can be compressed so "
             f"({'; '.join(sorted(notes)) or 'its blocks have none'})"
         )
+    if recipe.step("embed") and not tables(source.model)[0]:
+        raise CompressionError(f"{recipe.name}: no embedding or head that can be quantized")
     return plan
 
 

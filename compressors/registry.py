@@ -11,6 +11,7 @@ What `target` points at, by kind (weights are float32 `[N, K]`):
 - `lowrank`:  `solve(weight, statistic, *, rank) -> LowRank`
 - `depth`:    `solve(probe, *, kept) -> tuple[int, ...]`, the decoder blocks to keep
 - `width`:    `solve(weight, statistic, *, unit, kept, biased) -> Cut`: of what reads them
+- `embed`:    `solve(weight, *, bits) -> Table`, the weight [V, H] in its own dtype
 - `kv`:       the codec of keys; serving calls it, a job leaves the weights as they are
 - with `whole_model`, of whatever kind: `solve(checkpoint, step, windows, sink, *, progress, device)
   -> Report`
@@ -185,6 +186,9 @@ METHODS: dict[str, Method] = {
     "depth": Method("depth", "depth", "pruning", f"{_PRUNE}.depth:solve", True, priors.DEPTH),
     "width": Method("width", "width", "pruning", f"{_PRUNE}.width:solve", True, priors.WIDTH),
     "svd": Method("svd", "lowrank", "lowrank", f"{_LOWRANK}.svd:solve", True, priors.SVD),
+    "embed": Method(
+        "embed", "embed", "quantization", f"{_QUANTIZE}.embed:solve", False, priors.EMBED
+    ),
     "kivi": Method("kivi", "kv", "kv-cache", f"{_QUANTIZE}.kv:encode_keys", False, priors.KIVI),
 }
 

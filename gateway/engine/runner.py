@@ -21,7 +21,10 @@ from compressors.model import build_skeleton, set_tensor
 from compressors.tensor import StoredLinear
 from gateway.engine import attention
 from gateway.engine.attention import Layout, Mode, Pool, Segment, Slot, Step
+from gateway.engine.kernels.grouped import GroupedLinear
 from gateway.engine.kernels.linear import make_linear
+from gateway.engine.kernels.scheme import KernelLinear
+from gateway.engine.kernels.table import TableEmbedding
 from gateway.engine.kv_quant import make_pool
 from gateway.engine.scheduler import Chunk
 from gateway.engine.scheduler import Sequence as Tokens
@@ -332,7 +335,26 @@ def _put_linears(module: nn.Module, weights: VariantWeights) -> None:
             new = make_linear(stored, bias, dtype=weights.dtype)
         except (ValueError, KeyError) as error:
             raise ModelError(f"{name}: {error}") from error
-        setattr(module.get_submodule(parent), leaf, new)
+        if stored.scheme == "table":
+            _put_table(module, old, new, weights.dtype)
+        else:
+            setattr(module.get_submodule(parent), leaf, new)
+
+
+def _put_table(module: nn.Module, old: nn.Module, new: KernelLinear, dtype: torch.dtype) -> None:
+    """One table in place of an embedding, of a head, or of both where they are tied."""
+    if not isinstance(new, GroupedLinear) or (new.out_features, new.in_features) != tuple(
+        old.get_parameter("weight").shape
+    ):
+        raise ModelError(f"a table of shape {new.extra_repr()} for {old}")
+    for name, user in list(module.named_modules()):
+        if getattr(user, "weight", None) is not old.weight:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        part: nn.Module = new
+        if isinstance(user, nn.Embedding):
+            part = TableEmbedding(new, dtype, getattr(user, "embed_scale", 1.0))
+        setattr(module.get_submodule(parent), leaf, part)
 
 
 def _put_tensors(module: nn.Module, weights: VariantWeights) -> None:

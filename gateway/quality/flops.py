@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressors.forms.sparse import Bitmap
+from compressors.forms.table import Table
 from compressors.model import parse_config
 from compressors.tensor import LinearForm, LowRank, Sparse24
 
@@ -36,6 +37,8 @@ class Flops:
 def linear_flops(weight: LinearForm | Shape) -> int:
     """Operations of one linear on one token: 2·N·K for a plain or quantized [N, K] weight, half of
     that for half sparsity, 2·r·(N + K) for rank r."""
+    if isinstance(weight, Table):
+        return 0  # a look-up; as a head it is counted there
     if isinstance(weight, LowRank):
         return linear_flops(weight.left) + linear_flops(weight.right)
     if isinstance(weight, (Sparse24, Bitmap)):

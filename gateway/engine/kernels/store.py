@@ -23,6 +23,7 @@ SCHEMES: dict[str, str] = {
     "int8": "gateway.engine.kernels.int8",
     "float8": "gateway.engine.kernels.float8",
     "outlier": "gateway.engine.kernels.outlier",
+    "table": "gateway.engine.kernels.table",
     "nested": "gateway.engine.kernels.nested",
 }
 
