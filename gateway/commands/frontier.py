@@ -51,6 +51,8 @@ def draw_frontier(model: str, rows: Sequence[Row], file: Path) -> None:
     size, speed = figure.subplots(1, 2, sharey=True)
     _panel(size, rows, lambda card: card.stored_bytes / 1e6, pareto(rows))
     size.set_xscale("log")
+    for axis in (size.xaxis.set_major_formatter, size.xaxis.set_minor_formatter):
+        axis(lambda value, _: f"{value:g}")
     size.set_xlabel("stored MB")
     size.set_ylabel("KL from dense (nats per token, lower is better)")
     size.legend(fontsize=8, loc="upper right")
