@@ -34,6 +34,7 @@ class FakeBackend:
         self.model = model.id
         self._options = model.fake or FakeModel()
         self._recipes = {name: Recipe.parse(name) for name in (self.default_level, *levels)}
+        # By artifact, as levels of one artifact are built together.
         self._built = {name for name, recipe in self._recipes.items() if not recipe.steps}
         self._tokenizer = FakeTokenizer()
 
@@ -48,14 +49,14 @@ class FakeBackend:
         return tuple(LevelSpec(name, recipe.family) for name, recipe in self._recipes.items())
 
     async def stored(self, level: str) -> bool:
-        return level in self._built
+        return self.artifact(level) in self._built
 
     def card(self, level: str) -> Card:
         expected = estimate(self._recipes[level])
         size = int(_DENSE_BYTES * expected.size_ratio)
         step_ms = self._options.tpot_ms * expected.size_ratio or 1e-3
         return Card(
-            measured=level in self._built,
+            measured=self.artifact(level) in self._built,
             stored_bytes=size,
             resident_bytes=size,
             compression_ratio=1 / expected.size_ratio,
@@ -82,7 +83,7 @@ class FakeBackend:
         return self.card(level).resident_bytes
 
     async def load(self, level: str) -> Loaded | None:
-        if level not in self._built:
+        if self.artifact(level) not in self._built:
             return None
         began = time.monotonic()
         await asyncio.sleep(self._options.load_seconds)
@@ -101,11 +102,11 @@ class FakeBackend:
         for step in range(_STEPS):
             on_progress(step / _STEPS, f"step {step + 1} of {_STEPS}")
             await asyncio.sleep(self._options.build_seconds / _STEPS)
-        self._built.add(level)
+        self._built.add(self.artifact(level))
 
     async def delete(self, level: str) -> None:
         if self._recipes[level].steps:
-            self._built.discard(level)
+            self._built.discard(self.artifact(level))
 
     async def close(self) -> None:
         """Nothing is held."""
