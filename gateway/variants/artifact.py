@@ -5,6 +5,7 @@ The only file that knows both torch dtypes and manifest records.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,14 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 class ArtifactSink:
-    """A `compressors.base.Sink` that packs every linear for its kernel and stores it at once."""
+    """A `compressors.base.Sink` that packs every linear for its kernel and stores it at once.
+
+    Packing runs in the calling thread; storing is one tensor at a time.
+    """
 
     def __init__(self, writer: ArtifactWriter) -> None:
         self._writer = writer
+        self._lock = threading.Lock()
         self.model_config: dict[str, Any] = {}
         self.tensors: dict[str, TensorRecord] = {}
         self.modules: dict[str, ModuleRecord] = {}
@@ -58,7 +63,8 @@ class ArtifactSink:
         data = memoryview(b"")
         if flat.numel():
             data = flat.reshape(-1).view(torch.uint8).numpy().data
-        self.tensors[name] = self._writer.put(name, data, _NAMES[flat.dtype], tuple(flat.shape))
+        with self._lock:
+            self.tensors[name] = self._writer.put(name, data, _NAMES[flat.dtype], tuple(flat.shape))
 
     def linear(self, module: str, form: LinearForm) -> None:
         stored = pack(form)
@@ -66,9 +72,16 @@ class ArtifactSink:
         for suffix, tensor in stored.tensors.items():
             names[suffix] = f"{module}.{suffix}"
             self.tensor(names[suffix], tensor)
-        self.modules[module] = ModuleRecord(
+        record = ModuleRecord(
             scheme=stored.scheme, layout=stored.layout, meta=stored.meta, tensors=names
         )
+        with self._lock:
+            self.modules[module] = record
+
+    def records(self) -> tuple[dict[str, TensorRecord], dict[str, ModuleRecord]]:
+        """What was stored so far, by name: tensors and linears, in an order of their own."""
+        with self._lock:
+            return dict(sorted(self.tensors.items())), dict(sorted(self.modules.items()))
 
 
 def weights_of(artifact: Artifact, dtype: torch.dtype, *, child: int = 0) -> VariantWeights:

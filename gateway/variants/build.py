@@ -18,7 +18,7 @@ import torch
 from cache.disk import DiskStore, EventFn
 from cache.manifest import Manifest
 from compressors.model import Checkpoint, torch_dtype
-from compressors.pipeline import compress
+from compressors.pipeline import Host, compress
 from compressors.recipe import Recipe
 from gateway.engine.kernels.store import unpack
 from gateway.engine.local import LocalEngine, LocalOptions, LocalRuntime
@@ -29,6 +29,7 @@ from gateway.quality.flops import flops_per_token, linear_flops
 from gateway.variants.artifact import ArtifactSink, dense_weights, imported_weights, weights_of
 from gateway.variants.card import Card
 from gateway.variants.measure import Speed, measure_speed
+from gateway.variants.resume import BuildJournal
 from gateway.variants.spec import BuildSpec
 from gateway.variants.texts import calibration_of, evaluation_windows
 
@@ -104,16 +105,22 @@ def _compress(
     if recipe.needs_calibration:
         progress(0.0, "preparing calibration text")
         calibration = calibration_of(spec, checkpoint)
-    with disk.writer(spec.key) as writer:
+    versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
+    text = calibration.digest if calibration is not None else ""
+    with disk.writer(spec.key, resume=True) as writer:
         sink = ArtifactSink(writer)
+        same = {"versions": versions, "calibration": text}
+        journal = BuildJournal(writer, sink, same, every=spec.note_seconds)
         report = compress(
             checkpoint,
             recipe,
             sink=sink,
             calibration=calibration,
             progress=lambda share, message: progress(0.2 + 0.8 * share, message),
-            device=spec.device,
+            seed=spec.seed,
+            host=Host(device=spec.device, threads=spec.threads, journal=journal),
         )
+        tensors, modules = sink.records()
         writer.commit(
             Manifest(
                 key=spec.key,
@@ -121,12 +128,12 @@ def _compress(
                 revision=spec.revision,
                 recipe=recipe.name,
                 source_digest=spec.source_digest,
-                calibration_digest=calibration.digest if calibration is not None else "",
+                calibration_digest=text,
                 seed=spec.seed,
-                versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+                versions=versions,
                 config=sink.model_config,
-                tensors=sink.tensors,
-                modules=sink.modules,
+                tensors=tensors,
+                modules=modules,
                 build_seconds=time.monotonic() - began,
                 report=report.to_json(),
             )

@@ -41,3 +41,4 @@ class BuildSpec(BaseModel):
     nice: int
     imported: bool = False
     measure_speed: bool = True
+    note_seconds: float = 5.0
