@@ -67,7 +67,7 @@ def look_up(table: GroupedLinear, index: Tensor) -> Tensor:
     """Rows `index` (int64 [M]) of the weight, float32 [M, K].
 
     Raises:
-        IndexError: an index beyond the table.
+        IndexError: an index beyond the table's last block of rows.
     """
     block, lane = index // BLOCK, index % BLOCK
     codes: Tensor | None = None
