@@ -30,17 +30,19 @@ def compress_linear(
     *,
     rank: int,
     dtype: torch.dtype,
+    given: LinearForm | None = None,
 ) -> LinearForm:
     """Apply `steps` to weight [N, K] (float32); values left unquantized come out in `dtype`.
 
-    The form lies on the CPU, wherever the weight did.
+    The form lies on the CPU, wherever the weight did. `given` is the form that the weight stands for
+    already, where earlier steps made one.
 
     Raises:
         ValueError: the weight or a statistic is not finite.
     """
     if not bool(torch.isfinite(torch.stack(torch.aminmax(weight))).all()):
         raise ValueError("the weight is not finite")
-    form: LinearForm = Dense(weight)
+    form: LinearForm = Dense(weight) if given is None else given
     for step in steps:
         solve, statistic = METHODS[step.method].load(), statistics.get(step.method)
         if step.kind == "lowrank":

@@ -43,7 +43,7 @@ def estimate(recipe: Recipe, *, linear_share: float = 1.0) -> Estimate:
         left = 1.0 - METHODS[step.method].recovers
         loss = loss * left + math.log(quality.perplexity_ratio) * factor
         kl = kl * left + quality.kl_nats * factor
-        disagreement *= left
+        disagreement *= math.sqrt(left)  # healed models agree less often than their loss suggests
         disagreement += (1.0 - quality.top1_agreement) * math.sqrt(factor)
         if step.kind == "embed":
             rest = (step.bits + (1 if step.bits == 4 else 0)) / 16  # groups of 32, with zeros

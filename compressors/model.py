@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compressors.base import CompressionError
+from compressors.tensor import LinearForm
 from compressors.experts import expert_name, parts_of, unfuse
 from compressors.pages import drop_pages
 
@@ -92,6 +93,8 @@ class Checkpoint:
         folder: where it is.
         config: `config.json`, parsed.
         files: the safetensors files that make it up, sorted.
+        forms: linears whose weight stands for a compressed form that later steps start from, by
+            module; a folder has none.
 
     Raises (on construction):
         CheckpointError: missing, pickle only, truncated or inconsistent files.
@@ -102,6 +105,7 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder}: no such folder")
         self.config = _read_json(self.folder / "config.json")
+        self.forms: Mapping[str, LinearForm] = {}
         if not isinstance(self.config.get("model_type"), str):
             raise CheckpointError(f"{self.folder}/config.json: no model_type")
         self.files = _weight_files(self.folder)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,11 +60,13 @@ class Host:
         device: where it computes.
         threads: of the CPU; None is what torch would use. The result does not depend on it.
         journal: keeps how far the job came; None when nothing could go on from there.
+        scratch: folder of this job alone, where a training keeps how far it came.
     """
 
     device: torch.device | str = "cpu"
     threads: int | None = None
     journal: Journal | None = None
+    scratch: Path | None = None
 
 
 def compress(
@@ -97,6 +100,18 @@ def compress(
         report: Report = solve(checkpoint, alone, windows, sink, progress=progress, device=device)
         return report
     host = host or Host(device)
+    if any(METHODS[step.method].trains for step in recipe.steps):
+        from compressors.distill.job import distill
+
+        return distill(
+            checkpoint,
+            recipe,
+            sink=sink,
+            calibration=calibration,
+            progress=progress,
+            seed=seed,
+            host=host,
+        )
     with torch.random.fork_rng(devices=[]), _lanes(host) as lanes:
         job = _Job(recipe, sink, progress, host, lanes)
         torch.manual_seed(seed)
@@ -345,7 +360,14 @@ class _Job:
         weight = weight.float()
         statistics = observer.statistics if observer else {}
         try:
-            form = compress_linear(weight, row.steps, statistics, rank=row.rank, dtype=stored.dtype)
+            form = compress_linear(
+                weight,
+                row.steps,
+                statistics,
+                rank=row.rank,
+                dtype=stored.dtype,
+                given=plan.source.checkpoint.forms.get(row.module),
+            )
         except ValueError as error:
             raise CompressionError(f"{row.module}: {error}") from error
         self.sink.linear(row.module, form)

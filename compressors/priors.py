@@ -44,6 +44,10 @@ NESTED = {
     8: Quality(1.0001, 0.0009, 0.982),
     4: Quality(1.023, 0.043, 0.899),
 }
+QAT = {
+    3: Quality(1.058, 0.150, 0.814),
+    2: Quality(1.38, 0.550, 0.655),
+}
 # Symmetric: the range that a zero point would save costs more than GPTQ gains below four bits.
 AUTOGPTQ = {
     8: Quality(1.0002, 0.0002, 0.992),

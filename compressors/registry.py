@@ -12,6 +12,7 @@ What `target` points at, by kind (weights are float32 `[N, K]`):
 - `depth`:    `solve(probe, *, kept) -> tuple[int, ...]`, the decoder blocks to keep
 - `width`:    `solve(weight, statistic, *, unit, kept, biased) -> Cut`: of what reads them
 - `embed`:    `solve(weight, *, bits) -> Table`, the weight [V, H] in its own dtype
+- `distill`:  `objective() -> Objective`, and of every method that `trains`
 - `kv`:       the codec of keys; serving calls it, a job leaves the weights as they are
 - with `whole_model`, of whatever kind: `solve(checkpoint, step, windows, sink, *, progress, device)
   -> Report`
@@ -56,6 +57,7 @@ class Method:
         follows: kinds whose result a quantizer or a correction can work on, besides plain weights.
         nests: its 4-bit codes can be the high half of a nested parent.
         recovers: share of the loss so far, in nats, that the step gives back.
+        trains: it trains the model, which the steps before it made, see `distill.job`.
         build_bytes_per_s: dense bytes of the blocks a core gets through in a second, measured.
     """
 
@@ -72,6 +74,7 @@ class Method:
     follows: frozenset[Kind] = frozenset()
     nests: bool = False
     recovers: float = 0.0
+    trains: bool = False
     build_bytes_per_s: float = 20e6
 
     def module(self) -> ModuleType:
@@ -85,6 +88,7 @@ class Method:
 
 
 _QUANTIZE, _PRUNE, _LOWRANK = "compressors.quantize", "compressors.prune", "compressors.lowrank"
+_DISTILL = "compressors.distill"
 _ON_FORMS: frozenset[Kind] = frozenset({"lowrank", "sparse"})
 METHODS: dict[str, Method] = {
     "rtn": Method(
@@ -186,6 +190,50 @@ METHODS: dict[str, Method] = {
     "depth": Method("depth", "depth", "pruning", f"{_PRUNE}.depth:solve", True, priors.DEPTH),
     "width": Method("width", "width", "pruning", f"{_PRUNE}.width:solve", True, priors.WIDTH),
     "svd": Method("svd", "lowrank", "lowrank", f"{_LOWRANK}.svd:solve", True, priors.SVD),
+    "kl": Method(
+        "kl",
+        "distill",
+        "distillation",
+        f"{_DISTILL}.kl:objective",
+        True,
+        {},
+        recovers=0.6,
+        trains=True,
+        build_bytes_per_s=60e3,
+    ),
+    "rkl": Method(
+        "rkl",
+        "distill",
+        "distillation",
+        f"{_DISTILL}.rkl:objective",
+        True,
+        {},
+        recovers=0.55,
+        trains=True,
+        build_bytes_per_s=60e3,
+    ),
+    "seq": Method(
+        "seq",
+        "distill",
+        "distillation",
+        f"{_DISTILL}.seq:objective",
+        True,
+        {},
+        recovers=0.5,
+        trains=True,
+        build_bytes_per_s=60e3,
+    ),
+    "qat": Method(
+        "qat",
+        "quantize",
+        "quantization",
+        f"{_QUANTIZE}.qat:objective",
+        True,
+        priors.QAT,
+        options=frozenset({"sym"}),
+        trains=True,
+        build_bytes_per_s=60e3,
+    ),
     "embed": Method(
         "embed", "embed", "quantization", f"{_QUANTIZE}.embed:solve", False, priors.EMBED
     ),

@@ -63,6 +63,11 @@ def _check_distill(steps: tuple[Step, ...], name: str) -> None:
                 f"{name!r}: {steps[index].name} needs a smaller model to train; put what makes it "
                 f"smaller before it, e.g. depth-50+{steps[index].name}"
             )
+        if any(METHODS[s.method].trains for s in before):
+            raise RecipeError(
+                f"{name!r}: {before[-1].name} trains the model already; {steps[index].name} would "
+                "do it again"
+            )
         if late := [s.name for s in before if s.kind in ("correct", "embed", "kv")]:
             raise RecipeError(f"{name!r}: {late[0]} must come after {steps[index].name}")
 
@@ -76,6 +81,11 @@ def _check_follows(step: Step, method: Method, before: tuple[Step, ...], name: s
             raise RecipeError(
                 f"{name!r}: {step.name} works on plain weights, not on what {earlier.name} leaves"
             )
+    quantizer = next((i for i, s in enumerate(before) if s.kind == "quantize"), len(before))
+    if step.kind == "correct" and any(METHODS[s.method].trains for s in before[quantizer:]):
+        raise RecipeError(
+            f"{name!r}: {step.name} corrects rounding, which the training before it has undone"
+        )
     if step.kind == "correct" and not any(s.kind == "quantize" for s in before):
         raise RecipeError(
             f"{name!r}: {step.name} corrects a quantization, and none comes before it"
