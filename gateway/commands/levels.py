@@ -82,12 +82,7 @@ def compress(
         offered = Recipe.parse(level).offers[0].name  # of two levels in one artifact the better
     except RecipeError as error:
         raise InvalidRequest(f"--level takes one level: {error}", param="level") from None
-    if export_format not in WRITERS:
-        raise InvalidRequest(
-            f"--format: {export_format!r} is no format; known: {', '.join(WRITERS)}", param="format"
-        )
-    if export is not None and export.exists():
-        raise InvalidRequest(f"--export: {export} exists", param="export")
+    _check_export(Recipe.parse(level), export, export_format)
     settings = settings_of(
         config,
         model=model,
@@ -103,6 +98,28 @@ def compress(
     wide_console().print(
         card_table("built", [(level, facts["family"], Card.model_validate(facts))])
     )
+
+
+def _check_export(recipe: Recipe, folder: Path | None, form: str) -> None:
+    """What can be said before the level is built.
+
+    Raises:
+        InvalidRequest: naming the flag.
+    """
+    if form not in WRITERS:
+        raise InvalidRequest(
+            f"--format: {form!r} is no format; known: {', '.join(WRITERS)}", param="format"
+        )
+    if folder is None:
+        return
+    if folder.exists():
+        raise InvalidRequest(f"--export: {folder} exists", param="export")
+    if (cache := recipe.step("kv")) is not None:
+        raise InvalidRequest(
+            f"--export: {cache.name} is how the KV cache is kept, not how weights are; "
+            "export the level without it",
+            param="export",
+        )
 
 
 async def _compress(

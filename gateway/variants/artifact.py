@@ -147,13 +147,18 @@ def imported_weights(folder: Path, dtype: torch.dtype) -> VariantWeights:
     )
 
 
-def export_artifact(artifact: Artifact, folder: Path, *, form: str, tokenizer_from: Path) -> Path:
+def export_artifact(
+    artifact: Artifact, folder: Path, *, form: str, tokenizer_from: Path, child: int = 0
+) -> Path:
     """Write the artifact as a checkpoint folder in a format of `compressors.export.formats`.
+
+    Args:
+        child: of nested weights, the bits to keep; 0 is all.
 
     Raises:
         CompressionError: the format cannot hold the level; the message says why.
     """
-    weights = weights_of(artifact, torch.float32)
+    weights = weights_of(artifact, torch.float32, child=child)
     model = CompressedModel(
         config=weights.config,
         tensors=weights.tensors,

@@ -281,7 +281,12 @@ class LocalBackend:
             raise InvalidRequest(f"{level} has no artifact to export", param="export")
         try:
             written = await asyncio.to_thread(
-                export_artifact, artifact, folder, form=form, tokenizer_from=self._folder
+                export_artifact,
+                artifact,
+                folder,
+                form=form,
+                tokenizer_from=self._folder,
+                child=self._recipes[level].child,
             )
         except (CompressionError, OSError) as error:
             raise InvalidRequest(f"--export: {error}", param="export") from error
