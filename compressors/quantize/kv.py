@@ -103,7 +103,7 @@ def _quantize(x: Tensor, along: int, bits: int) -> tuple[Tensor, Tensor]:
     low, high = x.aminmax(dim=along, keepdim=True)
     reach = torch.maximum(low / (127 * unit), -low / (128 * unit))
     span = torch.maximum((high - low) / (top + 1 - unit), reach)
-    steps = _steps(x.device)
+    steps = steps_on(x.device)
     index = torch.bucketize(span, steps).clamp_(max=len(steps) - 1)
     step = steps[index]
     # The offset is rounded down to its unit, except for half a step, by which codes are rounded.
@@ -115,12 +115,13 @@ def _quantize(x: Tensor, along: int, bits: int) -> tuple[Tensor, Tensor]:
 
 def _parameters(index: Tensor, zero: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Step and low in float32 of stored parameters."""
-    step = _steps(index.device)[index.int()]
+    step = steps_on(index.device)[index.int()]
     return step, zero.view(torch.int8) * step * 2 ** (bits - 4)
 
 
 @cache
-def _steps(device: torch.device) -> Tensor:
+def steps_on(device: torch.device) -> Tensor:
+    """The 256 steps that a group can have, float32, ascending."""
     exponents = torch.arange(256, dtype=torch.float64) / _PER_OCTAVE + _SMALLEST
     return torch.exp2(exponents).float().to(device)
 

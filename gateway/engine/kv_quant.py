@@ -37,6 +37,7 @@ from gateway.engine.attention import (
     softmax_attention,
     zeros,
 )
+from gateway.engine.kernels.kv import KVCall, kv_call
 
 # Codes turned to float at a time on a CPU: what is larger leaves the cache and is slower.
 _CPU_CELLS = 1 << 19
@@ -128,6 +129,7 @@ class QuantKV:
         self._keys = self._keys_in(blocks)
         self._tails = torch.unflatten(tails, 2, (group, -1))
         self._values = self._values_in(blocks)
+        self._native = kv_call(blocks, scheme, heads, (shape.key_dim, shape.value_dim))
 
     def _keys_in(self, blocks: Tensor) -> Tensor:
         keys = torch.unflatten(blocks[:, : self._room], 1, (self._shape.kv_heads, -1))
@@ -142,6 +144,8 @@ class QuantKV:
     def decode(self, new: Rows, window: int, scoring: Scoring, step: Step) -> Tensor:
         """See `LayerKV.decode`."""
         scheme, shape = self._scheme, self._shape
+        if self._native is not None:
+            return self._decode_native(self._native, new, step, window, scoring)
         blocks, offsets = step.writes // scheme.group, step.writes % scheme.group
         self._values[blocks, :, offsets] = kv.encode_values(scheme, new.value[:, :, 0].float())
         self._tails[step.tails, :, offsets] = kv.encode_tail(new.key[:, :, 0].float())
@@ -161,6 +165,19 @@ class QuantKV:
         ]
         return torch.cat(outs).to(new.query.dtype).reshape(batch, 1, heads, shape.value_dim)
 
+    def _decode_native(
+        self, call: KVCall, new: Rows, step: Step, window: int, scoring: Scoring
+    ) -> Tensor:
+        query, key, value = new
+        out = call(
+            (query[:, :, 0], key[:, :, 0], value[:, :, 0]),
+            (step.writes, step.tails, step.own, step.tables),
+            window=step.windows[window],
+            scale=_scale(scoring, self._shape),
+            softcap=scoring.softcap,
+        )
+        return out.to(query.dtype)[:, None]
+
     def _attend(self, batch: _Batch, scoring: Scoring) -> Tensor:
         """float32 [b, kv_heads, q, value_dim]."""
         scheme, shape = self._scheme, self._shape
@@ -174,7 +191,7 @@ class QuantKV:
         scores = torch.unflatten(scores, 0, (rows, context)).permute(0, 2, 3, 1, 4).contiguous()
         scores[torch.arange(rows), :, :, place] = query @ own.transpose(2, 3)
         scores = scores.flatten(3)
-        scores *= shape.key_dim**-0.5 if scoring.scale is None else scoring.scale
+        scores *= _scale(scoring, shape)
         if scoring.softcap is not None:
             scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
         weights = torch.softmax(scores + mask, -1)
@@ -239,3 +256,7 @@ class QuantKV:
             torch.cat((past, own), 1),
             torch.cat((flat[:, : complete * size], flat[:, begin:stop]), 1),
         )
+
+
+def _scale(scoring: Scoring, shape: LayerShape) -> float:
+    return shape.key_dim**-0.5 if scoring.scale is None else scoring.scale

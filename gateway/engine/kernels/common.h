@@ -14,7 +14,7 @@ constexpr int PART = 128;        // activations that share one int8 scale, at mo
 constexpr int64_t CHUNK = 192;   // rows of activations quantized at a time: bounds the scratch
 constexpr int64_t GRAIN = 1 << 20;  // int8 multiply-adds (about 8 µs) that pay for another thread
 
-enum Feature { INT8 = 1, BF16 = 2, SPARSE = 4, NESTED = 32 };
+enum Feature { INT8 = 1, BF16 = 2, SPARSE = 4, NESTED = 32, KV = 64 };
 
 struct Grouped {  // layout vnni16; see grouped.py
   const uint8_t* planes[3];

@@ -11,6 +11,7 @@
 #include "bf16.h"
 #include "grouped.h"
 #include "int8.h"
+#include "kv.h"
 
 EXPORT int pressgate_features() {
   __builtin_cpu_init();
@@ -18,7 +19,7 @@ EXPORT int pressgate_features() {
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!base) return 0;
   if (!__builtin_cpu_supports("avx512vnni")) return 0;
-  int found = INT8 | NESTED;
+  int found = INT8 | NESTED | KV;
   if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2"))
     found |= BF16 | SPARSE;
   return found;
@@ -40,6 +41,10 @@ EXPORT void pressgate_dense(const Dense* w, const void* x, void* out, int64_t ro
 EXPORT void pressgate_int8(const Int8* w, const void* x, void* out, int64_t rows, int bf16,
                            int64_t threads) {
   int8_linear(*w, (const char*)x, (char*)out, rows, bf16 != 0, threads);
+}
+
+EXPORT void pressgate_kv(const Kv* layer, const KvStep* step, int64_t threads) {
+  kv_decode(*layer, *step, threads);
 }
 
 EXPORT void pressgate_expand(const Dense* w, int64_t start, int64_t stop, void* out,

@@ -31,6 +31,7 @@ class Feature(IntFlag):
     BF16 = 2
     SPARSE = 4
     NESTED = 32
+    KV = 64
 
 
 class GroupedStruct(ctypes.Structure):
@@ -108,6 +109,8 @@ def _open() -> tuple[ctypes.CDLL, Feature] | None:
     arguments = (pointer, pointer, pointer, number, ctypes.c_int, number)
     for function in (dll.pressgate_grouped, dll.pressgate_int8, dll.pressgate_dense):
         function.argtypes, function.restype = arguments, None
+    if Feature.KV in features:
+        dll.pressgate_kv.argtypes, dll.pressgate_kv.restype = (pointer, pointer, number), None
     dll.pressgate_expand.argtypes = (pointer, number, number, pointer, number)
     dll.pressgate_expand.restype = None
     return dll, features
