@@ -17,7 +17,7 @@ from compressors.forms.sparse import Bitmap
 from compressors.prune.magnitude import mask_of
 from compressors.recipe import Step
 from compressors.registry import METHODS
-from compressors.tensor import Dense, Grouped, LinearForm, LowRank, Sparse24
+from compressors.tensor import Dense, LinearForm, LowRank, Sparse24
 
 Statistics = Mapping[str, Any]
 """Method name → its statistic of this layer's inputs, for methods that need one."""
@@ -74,11 +74,13 @@ def _quantize(form: LinearForm, weight: Tensor, step: Step, statistic: Any) -> L
 
 def _solve(
     weight: Tensor, step: Step, statistic: Any, columns: int | None = None, **extra: Any
-) -> Grouped:
+) -> LinearForm:
     solve = METHODS[step.method].load()
     if step.base:
         extra["high"] = METHODS[step.base].load()
-    form: Grouped = solve(
+    if step.act_order:
+        extra["act_order"] = True
+    form: LinearForm = solve(
         weight,
         statistic,
         bits=step.bits,

@@ -6,7 +6,8 @@ tokens can overflow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -14,10 +15,17 @@ from torch import Tensor
 
 @dataclass
 class Gram:
-    """Running mean of xxᵀ over tokens: `matrix` float32 [K, K]; `tokens` seen so far."""
+    """Running mean of xxᵀ over tokens: `matrix` float32 [K, K]; `tokens` seen so far.
+
+    Linears of one input share it, and what was worked out from it (`factor_in_order`).
+    """
 
     matrix: Tensor
     tokens: int = 0
+    _factors: dict[tuple[float, bool], tuple[Tensor, Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    _lock: Lock = field(default_factory=Lock, init=False, repr=False, compare=False)
 
 
 def empty(in_features: int, device: torch.device | str = "cpu") -> Gram:
@@ -33,6 +41,7 @@ def accumulate(gram: Gram, x: Tensor) -> None:
         return
     gram.matrix.mul_(gram.tokens / total).addmm_(rows.t(), rows, alpha=1.0 / total)
     gram.tokens = total
+    gram._factors.clear()
 
 
 def project(gram: Gram, right: Tensor) -> Gram:
@@ -83,3 +92,23 @@ def inverse_factor(gram: Gram, share: float) -> Tensor:
         if not int(info):
             return factor
         share *= 10  # float32 lost definiteness in the inverse
+
+
+def factor_in_order(gram: Gram, share: float, by_energy: bool) -> tuple[Tensor, Tensor]:
+    """`inverse_factor` of the matrix with its columns put in order, and that order (int64 [K]):
+    by falling energy, the diagonal, or as they stand. Worked out once for all that share `gram`.
+
+    Raises:
+        ValueError: the matrix is not finite.
+    """
+    key = (share, by_energy)
+    with gram._lock:
+        if key not in gram._factors:
+            energy = gram.matrix.diagonal()
+            order = torch.arange(len(energy), device=energy.device)
+            ordered = gram
+            if by_energy:
+                order = torch.argsort(energy, descending=True, stable=True)
+                ordered = Gram(gram.matrix[order][:, order], gram.tokens)
+            gram._factors[key] = inverse_factor(ordered, share), order
+        return gram._factors[key]

@@ -6,6 +6,7 @@ this module costs nothing to a process that merely names levels.
 What `target` points at, by kind (weights are float32 `[N, K]`):
 
 - `quantize`: `solve(weight, statistic, *, bits, group, symmetric) -> LinearForm`
+  (with the option `act` also `act_order`)
   (with `spelled` nested also `high`, the `solve` of the base method)
 - `sparse`:   `solve(weight, statistic, *, pattern) -> Sparse24` for 2:4, else `Bitmap`
 - `lowrank`:  `solve(weight, statistic, *, rank) -> LowRank`
@@ -109,6 +110,7 @@ METHODS: dict[str, Method] = {
         False,
         priors.HQQ,
         symmetric_from=9,
+        options=frozenset({"sym"}),
         follows=_ON_FORMS,
         nests=True,
     ),
@@ -119,7 +121,7 @@ METHODS: dict[str, Method] = {
         f"{_QUANTIZE}.gptq:solve",
         True,
         priors.GPTQ,
-        options=frozenset({"sym"}),
+        options=frozenset({"sym", "act"}),
         follows=_ON_FORMS,
         nests=True,
     ),

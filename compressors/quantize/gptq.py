@@ -5,13 +5,17 @@ With H = XXᵀ + λI of the layer's inputs and U the upper Cholesky factor of H�
 
     e = (w_j − quant(w_j)) / U_jj,     W_:,j+1: ← W_:,j+1: − e · U_j,j+1:
 
-Updates beyond a block of columns are applied once per block (section 3.2, lazy batches). Grids are
-made beforehand (the authors' `--static-groups`), so that with `act_order`, columns by falling input
-energy (diagonal of H), every column keeps its natural group and kernels need no permutation. Pure
-tensors.
+Updates beyond a block of columns are applied once per block (section 3.2, lazy batches). Columns go
+by falling input energy, the diagonal of H. Grids are made beforehand (the authors'
+`--static-groups`), so that every column keeps its natural group and kernels need no permutation;
+with `act_order` groups are of columns in the order of the sweep instead and their grids are fitted
+when the sweep reaches them (the authors' `--act-order`). Pure tensors.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,9 +25,30 @@ from compressors.gram import Gram, accumulate, empty
 from compressors.quantize import rtn
 from compressors.tensor import Grouped
 
-__all__ = ["accumulate", "empty", "solve"]
+__all__ = ["Settings", "accumulate", "empty", "solve"]
 
-_BLOCK = 128
+_Grid = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the sweep runs; the defaults are what levels are made with.
+
+    Attributes:
+        damping: λ as a share of H's mean diagonal; raised until H factors.
+        block: columns between two updates of all that follow. Changes time, not results.
+        by_energy: columns of large inputs first; else as they stand.
+        search: fit each grid's range to its weights, an error counted by its column's energy; else
+            it spans them, as round-to-nearest does.
+    """
+
+    damping: float = 0.01
+    block: int = 128
+    by_energy: bool = True
+    search: bool = True
+
+
+_DEFAULTS = Settings()
 
 
 def solve(
@@ -33,56 +58,54 @@ def solve(
     bits: int,
     group: int,
     symmetric: bool = False,
-    act_order: bool = True,
-    search: bool = True,
-    damping: float = 0.01,
+    act_order: bool = False,
     mask: Tensor | None = None,
-    grid: tuple[Tensor, Tensor] | None = None,
+    grid: _Grid | None = None,
+    settings: Settings = _DEFAULTS,
 ) -> Grouped:
     """Quantize weight [N, K] (float32) for inputs with the given statistic.
 
     Args:
         group: columns per grid; the last group may be short.
-        search: fit each grid's range to its weights; else it spans them, as round-to-nearest does.
-        damping: λ as a share of H's mean diagonal; raised until H factors.
+        act_order: groups are of columns with like energy; the form carries the permutation. Not
+            with a `mask` or a `grid`, whose groups are given.
         mask: bool [N, K], equally many True in every row; where False the weight becomes zero and
             its loss is repaired like any rounding error (the joint case of SparseGPT,
             arXiv:2301.00774). Groups then run over the kept weights of a row, and the form is of
             these, [N, kept].
-
         grid: scales and zeros [N, G] to use instead of grids of its own.
 
     Raises:
         ValueError: the statistic is not finite.
     """
-    factor, order = _factor(statistic, act_order, damping)
+    by_energy = settings.by_energy or act_order
+    factor, order = grams.factor_in_order(statistic, settings.damping, by_energy)
+    # Transposed, so that a column of the layer is contiguous.
+    work = weight.t()[order].contiguous()
+    place = torch.argsort(order)
+    energy = statistic.matrix.diagonal()
+    if act_order and mask is None and grid is None and group < len(order):
+        sweep = _Sweep(work, factor, bits, None)
+        grids = sweep.grow(_Growing(group, symmetric, settings, energy[order]))
+        scales, zeros = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
+        codes = sweep.codes[place].t().contiguous()
+        return Grouped(codes, scales, zeros, bits, group, (place // group).to(torch.int32))
     kept = weight if mask is None else weight[mask].view(len(weight), -1)
     if grid is not None:
         scales, zeros = grid
-    elif search:
-        scales, zeros = rtn.fitted_grid(kept, bits, group, symmetric)
+    elif settings.search:
+        counts = energy.expand(weight.shape) if mask is not None else energy[None]
+        counts = counts if mask is None else counts[mask].view(kept.shape)
+        scales, zeros = rtn.fitted_grid(kept, bits, group, symmetric, counts)
     else:
         scales, zeros = rtn.grid(*rtn.group_range(kept, group), bits, symmetric)
-    # Transposed, so that a column of the layer is contiguous.
-    work = weight.t()[order].contiguous()
-    keep = None if mask is None else mask.t()[order].contiguous()
+    sweep = _Sweep(work, factor, bits, None if mask is None else mask.t()[order].contiguous())
     s, z = (_by_column(part, group, mask, order) for part in (scales, zeros))
-    codes = torch.empty_like(work, dtype=torch.uint8)
-    for start in range(0, len(work), _BLOCK):
-        end = min(start + _BLOCK, len(work))
-        errors = torch.empty_like(work[start:end])
-        for j in range(start, end):
-            codes[j] = rtn.encode(work[j], s[j], z[j], bits)
-            rounded = s[j] * (codes[j] - z[j])
-            if keep is not None:
-                rounded = rounded * keep[j]
-            error = (work[j] - rounded) / factor[j, j]
-            work[j + 1 : end].addr_(factor[j, j + 1 : end], error, alpha=-1.0)
-            errors[j - start] = error
-        work[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1.0)
-    codes = codes[torch.argsort(order)].t().contiguous()
+    for block in _pieces(0, len(order), settings.block):
+        sweep.columns(block, s[block], z[block])
+    codes = sweep.codes[place].t().contiguous()
     if mask is not None:
-        codes = codes[mask].view(len(kept), -1)
+        codes = codes[mask].view(kept.shape)
     return Grouped(codes, scales, zeros, bits, group)
 
 
@@ -94,10 +117,60 @@ def _by_column(grid: Tensor, group: int, mask: Tensor | None, order: Tensor) -> 
     return grid.gather(1, index).t()[order].contiguous()
 
 
-def _factor(statistic: Gram, act_order: bool, damping: float) -> tuple[Tensor, Tensor]:
-    """Upper Cholesky factor of H⁻¹ and the column order it is for."""
-    order = torch.arange(statistic.matrix.shape[0], device=statistic.matrix.device)
-    if act_order:
-        order = torch.argsort(statistic.matrix.diagonal(), descending=True, stable=True)
-        statistic = Gram(statistic.matrix[order][:, order], statistic.tokens)
-    return grams.inverse_factor(statistic, damping), order
+def _pieces(start: int, stop: int, size: int) -> Iterator[slice]:
+    for first in range(start, stop, size):
+        yield slice(first, min(first + size, stop))
+
+
+@dataclass(frozen=True)
+class _Growing:
+    """Grids that are made when the sweep reaches their group, from the weights as repaired."""
+
+    group: int
+    symmetric: bool
+    settings: Settings
+    energy: Tensor  # [K], in the order of the sweep
+
+
+class _Sweep:
+    """Columns on their way: `work` [K, N] float32, changed in place; `codes` uint8 [K, N]."""
+
+    def __init__(self, work: Tensor, factor: Tensor, bits: int, keep: Tensor | None) -> None:
+        self.work, self.factor, self.keep = work, factor, keep
+        self.bits, self.top = bits, 2**bits - 1
+        self.codes = torch.empty_like(work, dtype=torch.uint8)
+        self._diagonal = factor.diagonal().tolist()
+
+    def columns(self, block: slice, scales: Tensor, zeros: Tensor) -> None:
+        """Quantize columns `block` on grids [block, N]; repair all that follow."""
+        work, end = self.work, block.stop
+        codes, errors = (torch.empty_like(work[block]) for _ in range(2))
+        for i, j in enumerate(range(block.start, end)):
+            column, code, error = work[j], codes[i], errors[i]
+            torch.div(column, scales[i], out=code)
+            code.add_(zeros[i]).round_().clamp_(0, self.top)
+            torch.sub(code, zeros[i], out=error)
+            error.mul_(scales[i])
+            if self.keep is not None:
+                error.mul_(self.keep[j])
+            torch.sub(column, error, out=error)
+            error.div_(self._diagonal[j])
+            work[j + 1 : end].addr_(self.factor[j, j + 1 : end], error, alpha=-1.0)
+        self.codes[block] = codes.to(torch.uint8)
+        work[end:].addmm_(self.factor[block, end:].t(), errors, alpha=-1.0)
+
+    def grow(self, rules: _Growing) -> list[_Grid]:
+        """Quantize all columns group by group; scales and zeros [N, 1] of every group."""
+        grids = []
+        for group in _pieces(0, len(self.work), rules.group):
+            now = self.work[group].t().contiguous()
+            if rules.settings.search:
+                counts = rules.energy[group][None]
+                grid = rtn.fitted_grid(now, self.bits, rules.group, rules.symmetric, counts)
+            else:
+                grid = rtn.grid(*rtn.group_range(now, rules.group), self.bits, rules.symmetric)
+            grids.append(grid)
+            for block in _pieces(group.start, group.stop, rules.settings.block):
+                s, z = (part.t().expand(block.stop - block.start, -1) for part in grid)
+                self.columns(block, s, z)
+        return grids

@@ -74,15 +74,21 @@ def grid(lo: Tensor, hi: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Te
     return scales, zeros
 
 
-def fitted_grid(weight: Tensor, bits: int, group: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def fitted_grid(
+    weight: Tensor, bits: int, group: int, symmetric: bool, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scales and zeros [N, G] of least squared error per group among a few narrowed ranges.
 
     Giving up the outermost weights makes the step finer for all others (OMSE, Choukroun et al.
     2019, arXiv:1902.06822, section 3). The full range is among the candidates.
+
+    Args:
+        importance: what a squared error counts, float32 [N or 1, K]; None is 1 everywhere.
     """
     lo, hi = group_range(weight, group)
     groups = by_group(weight, group)
     padding = groups.shape[1] * group - weight.shape[1]
+    counts = None if importance is None else by_group(importance, group)
     scales, zeros = grid(lo, hi, bits, symmetric)
     least = torch.full_like(scales, math.inf)
     for share in SHARES if bits < 8 else SHARES[:1]:
@@ -91,7 +97,8 @@ def fitted_grid(weight: Tensor, bits: int, group: int, symmetric: bool) -> tuple
         wrong = codes.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(groups)
         if padding:
             wrong[:, -1, group - padding :] = 0.0
-        error = wrong.square_().sum(-1)
+        wrong.square_()
+        error = (wrong if counts is None else wrong.mul_(counts)).sum(-1)
         better = error < least
         scales, zeros = torch.where(better, s, scales), torch.where(better, z, zeros)
         least = torch.minimum(error, least)

@@ -7,35 +7,16 @@ import torch
 from torch import Tensor
 
 from compressors import gram
+from compressors.export.autogptq_format import from_gptq, to_gptq
 from compressors.gram import Gram
 from compressors.quantize import gptq, hqq, rtn
+from compressors.quantize.gptq import Settings
 from compressors.tensor import Grouped
+from gateway.engine.kernels.linear import make_linear
+from gateway.engine.kernels.store import pack, unpack
+from tests.compressors.layers import draw, naive_grid, output_error, statistic
 
-
-def draw(seed: int, n: int = 24, k: int = 40, tokens: int = 200) -> tuple[Tensor, Tensor]:
-    """A weight [n, k] and correlated inputs [tokens, k] with uneven column energy."""
-    generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(k, k, generator=generator) / k**0.5 + 0.3 * torch.eye(k)
-    scale = torch.rand(k, generator=generator) + 0.05
-    x = torch.randn(tokens, k, generator=generator) @ mix * scale
-    return torch.randn(n, k, generator=generator), x
-
-
-def statistic(x: Tensor) -> Gram:
-    result = gram.empty(x.shape[1])
-    for part in x.split(64):
-        gram.accumulate(result, part)
-    return result
-
-
-def output_error(weight: Tensor, form: Grouped, x: Tensor) -> float:
-    return float(((weight - form.dense()) @ x.t()).square().sum())
-
-
-def naive_grid(values: list[float], bits: int) -> tuple[float, int]:
-    lo, hi = min(0.0, *values), max(0.0, *values)
-    scale = float(torch.tensor((hi - lo) / (2**bits - 1)).half()) or 1.0
-    return scale, min(max(round(-lo / scale), 0), 2**bits - 1)
+PLAIN = Settings(by_energy=False, search=False)  # the paper's algorithm 1 on round-to-nearest grids
 
 
 def naive_rtn(weight: Tensor, bits: int, group: int) -> Tensor:
@@ -127,7 +108,7 @@ def test_hqq_is_never_worse_than_rtn_in_any_group(bits: int, group: int) -> None
 def test_gptq_follows_the_equations(bits: int, group: int) -> None:
     weight, x = draw(5)
     g = statistic(x)
-    form = gptq.solve(weight, g, bits=bits, group=group, act_order=False, search=False)
+    form = gptq.solve(weight, g, bits=bits, group=group, settings=PLAIN)
     expected = naive_gptq(weight, gram.damped(g, 0.01), bits, group)
     # A tie decided the other way in float32 may move a later code of the same row by one.
     same = (form.dense() - expected).abs() < 1e-4
@@ -137,30 +118,72 @@ def test_gptq_follows_the_equations(bits: int, group: int) -> None:
 
 
 @pytest.mark.parametrize("group", [8, 24, 64, 128, 160, 300])
-def test_gptq_blocks_change_nothing(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gptq_blocks_change_nothing(group: int) -> None:
     weight, x = draw(6, n=16, k=300, tokens=600)
     g = statistic(x)
     blocked = gptq.solve(weight, g, bits=4, group=group)
-    monkeypatch.setattr(gptq, "_BLOCK", 512)
-    whole = gptq.solve(weight, g, bits=4, group=group)
+    whole = gptq.solve(weight, g, bits=4, group=group, settings=Settings(block=512))
     assert (blocked.codes == whole.codes).float().mean() > 0.999
     torch.testing.assert_close(blocked.scales, whole.scales, rtol=2e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("by_energy", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("group", [16, 40])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group", [16, 24, 40])
 def test_gptq_on_a_diagonal_hessian_is_rtn_bit_for_bit(
-    group: int, symmetric: bool, act_order: bool
+    group: int, bits: int, symmetric: bool, by_energy: bool
 ) -> None:
     weight, x = draw(7)
     diagonal = Gram(torch.diag(x.square().mean(0)), len(x))
-    settings = {"bits": 4, "group": group, "symmetric": symmetric}
-    repaired = gptq.solve(weight, diagonal, **settings, act_order=act_order, search=False)
-    plain = rtn.solve(weight, **settings)
+    how = Settings(by_energy=by_energy, search=False)
+    repaired = gptq.solve(
+        weight, diagonal, bits=bits, group=group, symmetric=symmetric, settings=how
+    )
+    plain = rtn.solve(weight, bits=bits, group=group, symmetric=symmetric)
     assert torch.equal(repaired.codes, plain.codes)
     assert torch.equal(repaired.scales, plain.scales)
     assert torch.equal(repaired.zeros, plain.zeros)
+
+
+@pytest.mark.parametrize("group", [8, 16, 24])
+def test_gptq_with_activation_order_is_rtn_of_the_sorted_columns_on_a_diagonal(group: int) -> None:
+    weight, x = draw(7)
+    diagonal = Gram(torch.diag(x.square().mean(0)), len(x))
+    form = gptq.solve(
+        weight, diagonal, bits=3, group=group, act_order=True, settings=Settings(search=False)
+    )
+    order = torch.argsort(x.square().mean(0), descending=True)
+    plain = rtn.solve(weight[:, order], bits=3, group=group)
+    assert torch.equal(form.codes[:, order], plain.codes)
+    assert torch.equal(form.dense()[:, order], plain.dense())
+    assert form.perm is not None
+    assert form.perm[order].tolist() == [i // group for i in range(40)]
+
+
+@pytest.mark.parametrize("group", [8, 24, 200])
+def test_activation_order_reaches_the_kernel_the_file_and_the_gptq_format(group: int) -> None:
+    weight, x = draw(14, n=32, k=160, tokens=400)
+    form = gptq.solve(weight, statistic(x), bits=4, group=min(group, 160), act_order=True)
+    assert (form.perm is None) == (group > 160)  # one group needs no permutation
+    stored = pack(form)
+    torch.testing.assert_close(unpack(stored).dense(), form.dense(), rtol=1e-3, atol=1e-5)
+    layer = make_linear(stored, None, dtype=torch.float32)
+    product = x[:9] @ form.dense().t()
+    assert float((layer(x[:9]) - product).norm()) < 0.02 * float(product.norm())
+    back = from_gptq(to_gptq(form, "gptq_v2"), 4, form.group, "gptq_v2")
+    torch.testing.assert_close(back.dense(), form.dense(), rtol=1e-3, atol=1e-5)
+
+
+def test_activation_order_with_a_mask_keeps_the_groups_of_the_mask() -> None:
+    weight, x = draw(10)
+    mask = weight.abs() > weight.abs().median(1, keepdim=True).values
+    plain, ordered = (
+        gptq.solve(weight, statistic(x), bits=4, group=10, mask=mask, act_order=order)
+        for order in (False, True)
+    )
+    assert ordered.perm is None
+    assert torch.equal(plain.dense(), ordered.dense())
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -173,11 +196,51 @@ def test_gptq_beats_rtn_on_fifty_of_fifty_draws(act_order: bool) -> None:
         )
 
 
-def test_gptq_with_activation_order_needs_no_permutation() -> None:
+def test_gptq_by_energy_needs_no_permutation() -> None:
     weight, x = draw(8)
-    form = gptq.solve(weight, statistic(x), bits=4, group=16, act_order=True, search=False)
+    how = Settings(search=False)
+    form = gptq.solve(weight, statistic(x), bits=4, group=16, settings=how)
     assert form.perm is None
     assert torch.equal(form.scales, rtn.solve(weight, bits=4, group=16).scales)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 1376])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_of_1376_columns_at_any_group(group: int, act_order: bool) -> None:
+    weight, x = draw(13, n=8, k=1376, tokens=64)
+    g = statistic(x)
+    for symmetric in (False, True):
+        form = gptq.solve(weight, g, bits=3, group=group, symmetric=symmetric, act_order=act_order)
+        assert form.shape == (8, 1376)
+        assert form.scales.shape == (8, -(-1376 // group))
+        plain = rtn.solve(weight, bits=3, group=group, symmetric=symmetric)
+        assert output_error(weight, form, x) < output_error(weight, plain, x)
+
+
+def test_layers_of_one_input_share_the_factor() -> None:
+    weight, x = draw(15)
+    shared = statistic(x)
+    both = [gptq.solve(weight * s, shared, bits=4, group=8) for s in (1, -2)]
+    for form, scale in zip(both, (1, -2), strict=True):
+        alone = gptq.solve(weight * scale, statistic(x), bits=4, group=8)
+        assert torch.equal(form.codes, alone.codes)
+    gram.accumulate(shared, 3 * x.flip(1))  # what it has seen now is something else
+    fresh = Gram(shared.matrix, shared.tokens)
+    after, expected = (gptq.solve(weight, g, bits=4, group=8) for g in (shared, fresh))
+    assert torch.equal(after.codes, expected.codes)
+    assert not torch.equal(after.codes, both[0].codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group", [8, 24, 40])
+def test_symmetric_hqq_has_no_zeros_and_beats_rtn(bits: int, group: int) -> None:
+    weight, _ = draw(4, n=64)
+    weight[::7, ::5] *= 6  # outliers
+    plain = rtn.solve(weight, bits=bits, group=group, symmetric=True)
+    fitted = hqq.solve(weight, bits=bits, group=group, symmetric=True)
+    assert fitted.symmetric
+    error, before = ((f.dense() - weight).square().sum() for f in (fitted, plain))
+    assert error < 0.99 * before
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
