@@ -43,6 +43,7 @@ from compressors.plan import (
     open_source,
 )
 from compressors.probe import DepthProbe
+from compressors.ranks import share_ranks
 from compressors.recipe import Recipe
 from compressors.registry import METHODS
 from compressors.tables import tables
@@ -130,6 +131,9 @@ def compress(
             with job.timed("width"):
                 source, config = job.narrow(source, config, windows)
         plan = make_plan(source, config, recipe)
+        if recipe.step("lowrank") and windows is not None:
+            with job.timed("ranks"):
+                plan = job.share_ranks(plan, windows)
         with job.timed("write"):
             job.write_outside(plan)
         with job.timed("blocks"):
@@ -215,6 +219,18 @@ class _Job:
         smaller = narrow(job, walk, solve, lambda d, w: self.report(d * _CHOICE_SHARE, w))
         self._base += (1.0 - self._base) * _CHOICE_SHARE
         return smaller, job.config
+
+    def share_ranks(self, plan: Plan, windows: Tensor) -> Plan:
+        """Choose the rank of every linear by measurement."""
+        step = self.recipe.step("lowrank")
+        assert step is not None
+
+        def said(done: float, what: str) -> None:
+            self.report(done * _CHOICE_SHARE, what)
+
+        shared = share_ranks(plan, windows, step.percent, said, device=self.device)
+        self._base += (1.0 - self._base) * _CHOICE_SHARE
+        return shared
 
     def write_outside(self, plan: Plan) -> None:
         """The config and everything that is in no block."""

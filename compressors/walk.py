@@ -120,6 +120,10 @@ class Walk:
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor) -> Tensor:
         """Block `index` (loaded) on one batch of hidden states."""
+        return self.compute(index, hidden)
+
+    def compute(self, index: int, hidden: Tensor) -> Tensor:
+        """As `run`, with gradients if the caller has them on."""
         call = self._calls[len(hidden)][index]
         out = self.source.blocks.modules[index](hidden, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
@@ -198,6 +202,10 @@ class Walk:
     @torch.no_grad()
     def logits(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """What the model makes of the last block's output: final norm and head, [B, length, V]."""
+        return self.head(tokens, hidden)
+
+    def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """As `logits`, with gradients if the caller has them on."""
         last = len(self.source.blocks) - 1
 
         def stub(index: int, call: _Call, given: Tensor) -> Tensor:
