@@ -49,6 +49,8 @@ def compress_linear(
             form = solve(weight, statistic, rank=rank)
         elif step.kind == "sparse":
             form = solve(weight, statistic, pattern=step.pattern)
+        elif step.kind == "correct":
+            form = solve(weight, statistic, form=form, rank=step.rank)
         else:
             form = _quantize(form, weight, step, statistic)
     return form.stored_as(dtype)

@@ -14,7 +14,8 @@ from compressors.step import Step
 # g32/g64/g128/per channel.
 _GROUP_FACTOR = {16: 0.55, 32: 0.62, 64: 0.73, 128: 1.0, 256: 1.15}
 _PER_CHANNEL_FACTOR = 1.45
-_TYPICAL_WIDTH = 512  # of a layer that is corrected; factors in 16 bits
+_TYPICAL_WIDTH = 512  # of a layer that is corrected
+_FACTOR_BITS = 8  # of the correction
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,8 @@ def _step_size(step: Step, recipe: Recipe) -> float:
         index = 2 * 0.5 if step.pattern == "24" else 1.0
         return 0.5 + index / (later.bits if later else 16)
     if step.kind == "correct":
-        return 1.0 + step.rank / _TYPICAL_WIDTH
+        coded = next(s for s in recipe.steps if s.kind == "quantize")
+        return 1.0 + step.rank * 2 * _FACTOR_BITS / (_TYPICAL_WIDTH * coded.bits)
     if step.kind in ("depth", "width", "lowrank"):
         return step.percent / 100
     return 1.0

@@ -282,6 +282,8 @@ class _Job:
             for step in self.recipe.steps
             if step.kind not in NO_LINEARS and step.needs_calibration
         ]
+        if methods and (step := self.recipe.step("correct")):
+            methods.append(step.method)
         for rows in plan.linears[: start.blocks]:
             self._done += sum(row.shape[0] * row.shape[1] for row in rows if row.steps)
         if methods and windows is not None:

@@ -10,6 +10,7 @@ What `target` points at, by kind (weights are float32 `[N, K]`):
   (with `spelled` nested also `high`, the `solve` of the base method)
 - `sparse`:   `solve(weight, statistic, *, pattern) -> Sparse24` for 2:4, else `Bitmap`
 - `lowrank`:  `solve(weight, statistic, *, rank) -> LowRank`
+- `correct`:  `solve(weight, statistic, *, form, rank) -> LinearForm`, `form` being what came before
 - `depth`:    `solve(probe, *, kept) -> tuple[int, ...]`, the decoder blocks to keep
 - `width`:    `solve(weight, statistic, *, unit, kept, biased) -> Cut`: of what reads them
 - `embed`:    `solve(weight, *, bits) -> Table`, the weight [V, H] in its own dtype
@@ -191,6 +192,16 @@ METHODS: dict[str, Method] = {
     ),
     "depth": Method("depth", "depth", "pruning", f"{_PRUNE}.depth:solve", True, priors.DEPTH),
     "width": Method("width", "width", "pruning", f"{_PRUNE}.width:solve", True, priors.WIDTH),
+    "lorc": Method(
+        "lorc",
+        "correct",
+        "quantization",
+        f"{_LOWRANK}.lorc:solve",
+        False,  # it looks at the text that a step before it needs
+        {},
+        follows=frozenset({"quantize", "sparse"}),
+        recovers=0.2,
+    ),
     "svd": Method("svd", "lowrank", "lowrank", f"{_LOWRANK}.svd:solve", True, priors.SVD),
     "kl": Method(
         "kl",

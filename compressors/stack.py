@@ -86,6 +86,10 @@ def _check_follows(step: Step, method: Method, before: tuple[Step, ...], name: s
         raise RecipeError(
             f"{name!r}: {step.name} corrects rounding, which the training before it has undone"
         )
+    if step.kind == "correct" and any(s.base for s in before):
+        raise RecipeError(
+            f"{name!r}: {step.name} corrects one precision, and nested weights have two"
+        )
     if step.kind == "correct" and not any(s.kind == "quantize" for s in before):
         raise RecipeError(
             f"{name!r}: {step.name} corrects a quantization, and none comes before it"

@@ -1,12 +1,12 @@
 """Two precisions in one weight: a 4-bit child, and a 4-bit residual that makes the parent.
 
-One stored weight for several precisions is the idea of Any-Precision LLM (Park et al. 2024,
-arXiv:2402.10517), which grows the codes bit by bit from the smallest model (section 3.1), of MatQuant
-(arXiv:2502.06786) and NestedFP (arXiv:2506.02024). Here, too, the child comes first: it is exactly
-what the base method gives at 4 bits (cutting bits off an 8-bit parent instead gives a child no better
-than round-to-nearest). Then what is left, R = W − Ŵ₄, is quantized to 4 bits in steps of an eighth of
-the child's (see `forms.nested` for why not a sixteenth), column by column with GPTQ's repair
-(arXiv:2210.17323, eqs. 2 and 3) when the inputs are known, else to nearest. Pure tensors.
+One stored weight for several precisions is the idea of Any-Precision LLM (arXiv:2402.10517), which
+grows the codes from those of the smallest model, of MatQuant (arXiv:2502.06786) and of NestedFP
+(arXiv:2506.02024). Here, too, the child comes first: it is exactly what the base method gives at 4
+bits (cutting bits off an 8-bit parent instead gives a child no better than round-to-nearest). Then
+what is left, R = W − Ŵ₄, is quantized to 4 bits in steps of an eighth of the child's (see
+`forms.nested` for why not a sixteenth): column by column with GPTQ's repair (arXiv:2210.17323, eqs.
+2 and 3) when the inputs are known, else to nearest. Pure tensors.
 """
 
 from __future__ import annotations

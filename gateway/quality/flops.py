@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from compressors.forms.corrected import Corrected
 from compressors.forms.sparse import Bitmap
 from compressors.forms.table import Table
 from compressors.model import parse_config
@@ -39,6 +40,8 @@ def linear_flops(weight: LinearForm | Shape) -> int:
     that for half sparsity, 2·r·(N + K) for rank r."""
     if isinstance(weight, Table):
         return 0  # a look-up; as a head it is counted there
+    if isinstance(weight, Corrected):
+        return linear_flops(weight.base) + linear_flops(weight.correction)
     if isinstance(weight, LowRank):
         return linear_flops(weight.left) + linear_flops(weight.right)
     if isinstance(weight, (Sparse24, Bitmap)):

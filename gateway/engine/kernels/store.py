@@ -24,6 +24,7 @@ SCHEMES: dict[str, str] = {
     "float8": "gateway.engine.kernels.float8",
     "outlier": "gateway.engine.kernels.outlier",
     "table": "gateway.engine.kernels.table",
+    "corrected": "gateway.engine.kernels.corrected",
     "nested": "gateway.engine.kernels.nested",
 }
 

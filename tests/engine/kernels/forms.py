@@ -7,6 +7,7 @@ from torch import Tensor
 
 from compressors.forms.float8 import Float8
 from compressors.forms.int8 import Int8
+from compressors.forms.corrected import Corrected
 from compressors.forms.nested import Nested
 from compressors.forms.outlier import Outlier
 from compressors.forms.scaled import Scaled
@@ -128,6 +129,10 @@ def every(n: int = 33, k: int = 100) -> dict[str, LinearForm]:
         "lowrank-int8": LowRank(dense((n, 8)), grouped((8, k), bits=8, group=k)),
         "scaled-fp32": Scaled(dense((n, k), torch.float32), torch.rand(k) + 0.5),
         "scaled-int4": Scaled(grouped((n, k), group=32, zeros="whole"), torch.rand(k) / 2 + 0.5),
+        "corrected-int3": Corrected(
+            grouped((n, k), bits=3, group=32, zeros="whole"),
+            LowRank(grouped((n, 7), bits=8, group=7), grouped((7, k), bits=8, group=k)),
+        ),
         "nested": nested((n, k)),
         "nested-act-order": nested((n, k), perm=True),
         "nested-fraction": nested((n, k), zeros="fraction"),
