@@ -26,7 +26,8 @@ WINDOWS, LENGTH = 64, 512
 _MIN_LENGTH = 8
 _GREEDY_TOKENS = 3  # LLM-QAT: the first few tokens are the most likely ones, the rest are sampled
 _MAX_FILE_BYTES = 256 * 2**20
-_SEGMENT, _AT_ONCE = 128, 256  # tokens per generation, generations per batch
+SEGMENT = 128  # tokens of a generation
+_AT_ONCE = 256  # generations in a batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,36 +141,59 @@ def topics_text(part: int) -> str:
 
 
 @torch.no_grad()
-def generate(checkpoint: Checkpoint, *, windows: int, length: int, seed: int) -> Tensor:
+def generate(
+    checkpoint: Checkpoint,
+    *,
+    windows: int,
+    length: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Token windows [windows, length] sampled from the dense model, reproducible by `seed`.
 
     A window is several generations one after the other: many short ones in one batch cost far less
     than few long ones. Of each, the first token is drawn uniformly, the next few are the most
-    likely ones, the rest are sampled from the full distribution. Weights are mapped, not copied.
+    likely ones, the rest are sampled from the full distribution. Weights are mapped, not copied,
+    on the CPU; the tokens are there wherever they were made.
     """
     model = build_skeleton(checkpoint.config)
     for name, stored in source_names(checkpoint, model).items():
-        set_tensor(model, name, checkpoint.tensor(stored))
+        set_tensor(model, name, checkpoint.tensor(stored).to(device))
+    model.to(device)  # buffers
     config: Any = model.config
     limit = int(getattr(config, "max_position_embeddings", None) or length)
     length = min(length, limit)
-    segment = min(_SEGMENT, length)
+    segment = min(SEGMENT, length)
     per_window = math.ceil(length / segment)
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(int(config.vocab_size), (windows * per_window, 1), generator=generator)
-    parts = [_sample(model, part, segment, generator) for part in first.split(_AT_ONCE)]  # type: ignore[no-untyped-call]
-    return torch.cat(parts).view(windows, per_window * segment)[:, :length].contiguous()
+    generator = torch.Generator(device).manual_seed(seed)
+    first = torch.randint(
+        int(config.vocab_size), (windows * per_window, 1), generator=generator, device=device
+    )
+    parts = [
+        sample(model, part, segment, generator, greedy=_GREEDY_TOKENS)
+        for part in first.split(_AT_ONCE)  # type: ignore[no-untyped-call]
+    ]
+    return torch.cat(parts).view(windows, per_window * segment)[:, :length].cpu().contiguous()
 
 
-def _sample(
-    model: torch.nn.Module, tokens: Tensor, length: int, generator: torch.Generator
+@torch.no_grad()
+def sample(
+    model: torch.nn.Module,
+    tokens: Tensor,
+    length: int,
+    generator: torch.Generator,
+    *,
+    greedy: int = 0,
 ) -> Tensor:
-    """Continue tokens [B, 1] to [B, length]."""
-    cache, step = None, tokens
+    """Continue tokens int64 [B, n] to [B, length]: the first `greedy` by likelihood, then sampled.
+
+    The generator lies where the tokens do.
+    """
+    cache, step, likely = None, tokens, tokens.shape[1] + greedy
     while tokens.shape[1] < length:
         out = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, scores = out.past_key_values, out.logits[:, -1].float()
-        if tokens.shape[1] <= _GREEDY_TOKENS:
+        if tokens.shape[1] < likely:
             step = scores.argmax(-1, keepdim=True)
         else:
             step = torch.multinomial(scores.softmax(-1), 1, generator=generator)

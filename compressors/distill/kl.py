@@ -1,0 +1,24 @@
+"""Distillation on the teacher's whole distribution: Hinton et al. 2015, arXiv:1503.02531.
+
+Loss of a position: T² KL(teacher ‖ student) at temperature T (section 2, soft targets only), on the
+calibration text and on text of the teacher's own (LLM-QAT, arXiv:2305.17888, section 3.1). A term
+for the text's own next word was tried and gained nothing.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compressors.distill.losses import forward_kl
+from compressors.distill.objective import Objective
+
+TEMPERATURE = 2.0
+
+
+def objective() -> Objective:
+    """The method as the trainer takes it."""
+    return Objective(loss=_loss, generated=262_144, tokens=400_000)
+
+
+def _loss(student: Tensor, teacher: Tensor, _words: Tensor) -> Tensor:
+    return forward_kl(student, teacher, TEMPERATURE)
