@@ -56,7 +56,7 @@ class Observer:
 
 def relative_error(weight: Tensor, dense: Tensor, sample: Tensor | None) -> float:
     """‖X(W−Ŵ)ᵀ‖ / ‖XWᵀ‖ on sample rows X, or ‖W−Ŵ‖ / ‖W‖ without one; weights [N, K] float32."""
-    step = max(1, _ERROR_WEIGHTS // weight.shape[1])
+    step = max(1, _ERROR_WEIGHTS // weight.shape[1]) if weight.is_cpu else weight.shape[0]
     wrong, norm = 0.0, 0.0
     for part, other in zip(torch.split(weight, step), torch.split(dense, step), strict=True):
         error, whole = part - other, part

@@ -47,6 +47,8 @@ from compressors.ranks import share_ranks
 from compressors.recipe import Recipe
 from compressors.registry import METHODS
 from compressors.tables import tables
+from compressors.tensor import LinearForm
+from compressors.together import compress_together, moved
 from compressors.walk import Source, Walk
 
 _CHOICE_SHARE = 0.3  # of the progress that is left, when blocks, or heads and channels, are chosen
@@ -324,7 +326,7 @@ class _Job:
                     self._observed(plan, walk, index, groups, methods)
                 left -= {name for group in stage for name in group}
             for name in sorted(left, key=list(rows).index):
-                self._unreached(plan, walk, index, rows[name], methods)
+                self._unreached(plan, index, rows[name], methods)
             walk.advance(index)
             walk.free(index)
             done = {f"{name}.weight" for name in rows}
@@ -342,43 +344,61 @@ class _Job:
             for name, x in seen.items():
                 observers[name](x)
         names = [(name, observers[group[0]]) for group in groups for name in group]
+        forms: dict[str, LinearForm] = {}
+        if torch.device(self.device).type != "cpu":
+            block = plan.source.blocks.modules[index]
+            for group in groups:
+                statistics = observers[group[0]].statistics
+                forms |= compress_together(block, [rows[name] for name in group], statistics)
 
         def compress(item: tuple[str, Observer]) -> LayerReport:
-            return self._in_place(plan, walk, index, rows[item[0]], item[1])
+            name, observer = item
+            return self._in_place(plan, index, rows[name], observer, forms.pop(name, None))
 
         with closing(self.lanes.map(compress, names)) as layers:
             for (name, _), layer in zip(names, layers, strict=True):
                 self._compressed(plan, rows[name], layer)
 
     def _unreached(
-        self, plan: Plan, walk: Walk, index: int, row: LinearPlan, methods: Sequence[str]
+        self, plan: Plan, index: int, row: LinearPlan, methods: Sequence[str]
     ) -> None:
         note = "calibration text never reached it: all its inputs were taken as alike"
         observer = Observer(methods, row.shape[1], self.device)
         observer.assume_all_alike()
-        layer = self._in_place(plan, walk, index, row, observer)
+        layer = self._in_place(plan, index, row, observer)
         layer = replace(layer, note="; ".join(filter(None, (layer.note, note))))
         self._compressed(plan, row, layer)
 
     def _in_place(
-        self, plan: Plan, walk: Walk, index: int, row: LinearPlan, observer: Observer
+        self,
+        plan: Plan,
+        index: int,
+        row: LinearPlan,
+        observer: Observer,
+        form: LinearForm | None = None,
     ) -> LayerReport:
         """Compress a linear of a loaded block, which computes with the result from now on."""
         linear = plan.source.blocks.modules[index].get_submodule(row.name)
-        layer, dense = self._linear(plan, row, weight_of(linear), observer)
+        layer, dense = self._linear(plan, row, weight_of(linear), observer, form)
         set_tensor(linear, "weight", weight_of(linear, dense).contiguous())
         return layer
 
     def _linear(
-        self, plan: Plan, row: LinearPlan, weight: Tensor, observer: Observer | None
+        self,
+        plan: Plan,
+        row: LinearPlan,
+        weight: Tensor,
+        observer: Observer | None,
+        form: LinearForm | None = None,
     ) -> tuple[LayerReport, Tensor]:
-        """Compress weight [N, K] into the sink; also what it now stands for, float32 [N, K]."""
+        """Compress weight [N, K], unless its form is known, into the sink; also what it now stands
+        for, float32 [N, K]."""
         start = time.perf_counter()
         stored = plan.source.read(f"{row.module}.weight")
         weight = weight.float()
         statistics = observer.statistics if observer else {}
         try:
-            form = compress_linear(
+            form = form or compress_linear(
                 weight,
                 row.steps,
                 statistics,
@@ -389,7 +409,7 @@ class _Job:
         except ValueError as error:
             raise CompressionError(f"{row.module}: {error}") from error
         self.sink.linear(row.module, form)
-        dense = form.dense(torch.float32).to(self.device)
+        dense = moved(form, self.device).dense(torch.float32)
         layer = LayerReport(
             module=row.module,
             scheme=form.scheme,

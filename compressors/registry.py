@@ -58,6 +58,7 @@ class Method:
         options: of `sym` and `act`, the endings a level name may have.
         follows: kinds whose result a quantizer or a correction can work on, besides plain weights.
         nests: its 4-bit codes can be the high half of a nested parent.
+        by_row: rows of a weight do not see each other: linears of one input may be solved as one.
         recovers: share of the loss so far, in nats, that the step gives back.
         trains: it trains the model, which the steps before it made, see `distill.job`.
         build_bytes_per_s: dense bytes of the blocks a core gets through in a second, measured.
@@ -75,6 +76,7 @@ class Method:
     options: frozenset[str] = frozenset()
     follows: frozenset[Kind] = frozenset()
     nests: bool = False
+    by_row: bool = False
     recovers: float = 0.0
     trains: bool = False
     build_bytes_per_s: float = 20e6
@@ -100,6 +102,7 @@ METHODS: dict[str, Method] = {
         f"{_QUANTIZE}.rtn:solve",
         False,
         priors.RTN,
+        by_row=True,
         options=frozenset({"sym"}),
         follows=_ON_FORMS,
     ),
@@ -110,6 +113,7 @@ METHODS: dict[str, Method] = {
         f"{_QUANTIZE}.hqq:solve",
         False,
         priors.HQQ,
+        by_row=True,
         symmetric_from=9,
         options=frozenset({"sym"}),
         follows=_ON_FORMS,
@@ -122,6 +126,7 @@ METHODS: dict[str, Method] = {
         f"{_QUANTIZE}.gptq:solve",
         True,
         priors.GPTQ,
+        by_row=True,
         options=frozenset({"sym", "act"}),
         follows=_ON_FORMS,
         nests=True,
