@@ -183,6 +183,7 @@ _REFUSED = {
     "lowrank": "a product of two factors",
     "scaled": "a weight whose inputs are scaled",
     "outlier": "a weight with columns in 16 bits",
+    "corrected": "a weight with a low-rank correction",
 }
 _HOLDS = "has no compressed-tensors form; it holds integer groups and 8-bit weights"
 
