@@ -32,7 +32,16 @@ from compressors.walk import Source, Walk
 
 _CHANNEL_KEYS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff")
 _MAX_STEP = 128  # channels stay in steps, for kernels and groups, that cost 1/64 at most
+_TRIED = 4  # numbers of heads
 _SAME = 1e-3  # relative difference that rounding may make
+# What is the same model under a config that allows head counts which do not divide the hidden size.
+_TWINS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "model_type": "mistral",
+        "architectures": ["MistralForCausalLM"],
+        "sliding_window": None,
+    }
+}
 
 Edits = dict[str, Callable[[Tensor], Tensor]]
 
@@ -99,41 +108,47 @@ def plan_width(source: Source, config: Mapping[str, Any], percent: int) -> Narro
         CompressionError: neither heads nor channels of this model can be cut so.
     """
     job = Narrowing(source, dict(config), (), {})
-    for part in (_heads(source, percent), *_channels(source, percent)):
+    twin = _TWINS.get(str(config.get("model_type")), {})
+    for part in (*_heads(source, percent), *_channels(source, percent)):
         if any(part.name == done.name for done in job.parts):
             continue
-        trial, parts = {**job.config, **part.keys}, (*job.parts, part)
-        reason = _reason_against(source, trial, parts, part)
-        if reason:
-            job.notes[part.name] = reason
-        else:
-            job.notes.pop(part.name, None)
-            job.config, job.parts = trial, parts
+        for other in ({}, twin) if twin else ({},):
+            trial, parts = {**job.config, **other, **part.keys}, (*job.parts, part)
+            reason = _reason_against(source, trial, parts, part)
+            if not reason:
+                job.notes.pop(part.name, None)
+                job.config, job.parts = trial, parts
+                break
+            job.notes.setdefault(part.name, reason)
     if not job.parts:
         reasons = "; ".join(f"{name}: {why}" for name, why in job.notes.items())
         raise CompressionError(f"width-{percent}: nothing of this model can be cut ({reasons})")
     return job
 
 
-def _heads(source: Source, percent: int) -> Part:
-    """Key-value heads, each with the query heads that share it."""
+def _heads(source: Source, percent: int) -> Iterator[Part]:
+    """Key-value heads, each with the query heads that share it: as many as asked, and the numbers
+    beside it, nearest first, for configs that do not take every number."""
     parsed: Any = source.model.config
     heads = int(parsed.num_attention_heads)
     groups = int(getattr(parsed, "num_key_value_heads", None) or heads)
     size = int(getattr(parsed, "head_dim", None) or parsed.hidden_size // heads)
-    kept, shared = max(1, math.floor(groups * percent / 100 + 0.5)), heads // groups
-    key = parsed.attribute_map.get("num_attention_heads", "num_attention_heads")
-    keys = {key: kept * shared, "head_dim": size}
-    if hasattr(parsed, "num_key_value_heads"):
-        keys["num_key_value_heads"] = kept
-    queries, values = heads * size, groups * size
+    shared, queries, values = heads // groups, heads * size, groups * size
     rows = {
         values: [(0, size)],
         queries: [(0, shared * size)],
         queries + 2 * values: [(0, shared * size), (queries, size), (queries + values, size)],
     }
-    sums = (queries + 2 * values,)
-    return Part("heads", keys, shared * size, groups, kept, rows, sums)
+    wanted = groups * percent / 100
+    nearest = sorted(range(1, groups + 1), key=lambda n: (abs(n - wanted), n))
+    for kept in nearest[:_TRIED]:
+        key = parsed.attribute_map.get("num_attention_heads", "num_attention_heads")
+        keys = {key: kept * shared, "head_dim": size}
+        if hasattr(parsed, "num_key_value_heads"):
+            keys["num_key_value_heads"] = kept
+        yield Part("heads", keys, shared * size, groups, kept, rows, (queries + 2 * values,))
+        if kept == groups:
+            return
 
 
 def _channels(source: Source, percent: int) -> Iterator[Part]:
@@ -169,7 +184,7 @@ def _reason_against(
         return unsaid
     for block, found, small in zip(blocks, places, smaller, strict=True):
         shapes = _narrow_shapes(block, found)
-        if any(p.shape != shapes[name] for name, p in small.named_parameters()):
+        if {name: p.shape for name, p in small.named_parameters()} != shapes:
             return unsaid
     return ""
 

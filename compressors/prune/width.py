@@ -21,9 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_DAMPING = 1e-4  # share of the mean diagonal
 _ROUNDS = 32  # in which the units go; a round's are judged together
-_EXACT_COLUMNS = 8192  # up to here in float64
+_EXACT_COLUMNS = 8192  # up to here in float64, beyond in half the memory
+# Share of the mean diagonal that is added to it.
+_DAMPING = {torch.float64: 1e-7, torch.float32: 1e-4}
 
 
 @dataclass
@@ -84,7 +85,7 @@ def solve(weight: Tensor, statistic: Moments, *, unit: int, kept: int, biased: b
     moment = statistic.square.to(dtype)
     if biased:
         moment = moment - torch.outer(mean, mean)
-    level = float(moment.diagonal().mean()) * _DAMPING
+    level = float(moment.diagonal().mean()) * _DAMPING[dtype]
     # Columns that no token used stay next to free to remove.
     moment.diagonal().add_(level if level > 0 else 1.0)
     units = choose(w, moment, unit=unit, kept=kept)
