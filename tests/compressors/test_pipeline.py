@@ -82,7 +82,8 @@ def test_every_method_on_every_architecture(
     kept = len(blocks) // 2 if level == "depth-50" else len(blocks)
     assert len(decoder_blocks(model)) == kept
     compressed = 0 if level in ("fp32", "bf16", "depth-50") else per_block * len(blocks)
-    assert len(report.layers) == len(sink.linears) == compressed
+    whole = len(report.skipped) if level == "lowrank-80" else 0  # those that need all their ranks
+    assert len(report.layers) == len(sink.linears) == compressed - whole
     assert all(0 <= layer.relative_error < 1 for layer in report.layers)
 
 
@@ -94,9 +95,8 @@ def test_stacks(arch: str, level: str, make_checkpoint: MakeCheckpoint) -> None:
     assert report.recipe == level
     for form in sink.linears.values():
         if "lowrank" in level:
-            assert isinstance(form, LowRank)
-            assert isinstance(form.left, Grouped)
-            assert isinstance(form.right, Grouped)
+            parts = (form.left, form.right) if isinstance(form, LowRank) else (form,)
+            assert all(isinstance(part, Grouped) for part in parts)
         elif "sparse24" in level:
             assert isinstance(form, Sparse24)
             assert isinstance(form.values, Grouped)
