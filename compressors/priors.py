@@ -39,6 +39,17 @@ GPTQ = {
     3: Quality(1.115, 0.165, 0.814),
     2: Quality(1.77, 0.749, 0.605),
 }
+AWQ = {
+    8: Quality(1.0002, 0.0003, 0.991),
+    4: Quality(1.037, 0.051, 0.892),
+    3: Quality(1.171, 0.205, 0.791),
+    2: Quality(2.12, 0.944, 0.554),
+}
+ROT = {
+    4: Quality(1.022, 0.042, 0.900),
+    3: Quality(1.104, 0.152, 0.818),
+    2: Quality(1.67, 0.696, 0.614),
+}
 # By the bits computed with: the child is plain GPTQ.
 NESTED = {
     8: Quality(1.0001, 0.0009, 0.982),

@@ -20,6 +20,7 @@ SCHEMES: dict[str, str] = {
     "sparse": "gateway.engine.kernels.sparse",
     "lowrank": "gateway.engine.kernels.lowrank",
     "scaled": "gateway.engine.kernels.scaled",
+    "rotated": "gateway.engine.kernels.rotated",
     "int8": "gateway.engine.kernels.int8",
     "float8": "gateway.engine.kernels.float8",
     "outlier": "gateway.engine.kernels.outlier",
