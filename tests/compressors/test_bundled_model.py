@@ -72,6 +72,8 @@ def ratio() -> Ratio:
         ("int4-gptq-g128", "int4-rtn-g128", 0.7),
         ("int3-gptq-g128", "int3-rtn-g128", 0.6),
         ("sparse24-wanda", "sparse24-magnitude", 0.93),
+        ("sparse24-sparsegpt", "sparse24-wanda", 0.8),
+        ("width-75", "depth-75", 0.8),
         ("lowrank-80", "plain SVD at 80 %", 0.6),
     ],
 )

@@ -1,4 +1,4 @@
-"""Half sparsity: SparseGPT and Wanda against the papers' equations in float64, forms, whole jobs."""
+"""Half sparsity: SparseGPT and Wanda against the papers in float64, forms, whole jobs."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from compressors.forms.sparse import Bitmap
+from compressors.memory import materialize
 from compressors.prune import magnitude, sparsegpt, wanda
 from compressors.quantize import gptq
 from compressors.tensor import Dense, Grouped, LinearForm, Sparse24
-from tests.compressors.test_pipeline import logits, materialize, run
-from tests.compressors.test_quantize import draw, statistic
+from tests.compressors.layers import draw, statistic
+from tests.compressors.test_pipeline import logits, run
 
 PATTERNS = pytest.mark.parametrize("pattern", ["24", "48", "50"])
 
