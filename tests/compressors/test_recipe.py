@@ -10,21 +10,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compressors.estimate import estimate
-from compressors.recipe import BITS, Recipe, RecipeError, expand
-from compressors.registry import METHODS, variants
+from compressors.recipe import Recipe, RecipeError, expand
+from compressors.registry import METHODS, Kind, variants
 
-quantize = st.builds(
-    "int{}-{}-g{}".format,
-    st.sampled_from(BITS),
-    st.sampled_from(
-        [
-            m.variant
-            for m in METHODS.values()
-            if (m.kind, m.spelled) == ("quantize", "settings") and not m.whole_model
-        ]
-    ),
-    st.sampled_from(["32", "64", "128", "ch"]),
-)
+
+def quantizers(*follows: Kind) -> st.SearchStrategy[str]:
+    """Names of quantization steps that can work on what steps of those kinds leave."""
+    methods = [
+        m
+        for m in METHODS.values()
+        if (m.kind, m.spelled) == ("quantize", "settings")
+        and not m.whole_model
+        and m.follows.issuperset(follows)
+    ]
+    return st.builds(
+        "int{}-g{}".format,
+        st.sampled_from([f"{bits}-{m.variant}" for m in methods for bits in m.prior]),
+        st.sampled_from(["32", "64", "128", "ch"]),
+    )
+
+
 middle = st.one_of(
     st.builds(
         "sparse{}-{}".format,
@@ -35,7 +40,11 @@ middle = st.one_of(
 )
 depth = st.builds("depth-{}".format, st.integers(5, 99))
 names = (
-    st.tuples(st.none() | depth, st.none() | middle, st.none() | quantize)
+    st.one_of(
+        st.tuples(st.none() | depth, st.none() | middle, quantizers("lowrank", "sparse")),
+        st.tuples(st.none() | depth, st.none() | quantizers()),
+        st.tuples(st.none() | depth, middle),
+    )
     .map(lambda parts: "+".join(part for part in parts if part))
     .filter(bool)
 )
@@ -121,7 +130,9 @@ def test_a_nested_name_stands_for_two_levels_that_are_built_as_one() -> None:
         ("", "known: fp32"),
         ("int5-rtn-g64", "2, 3, 4, 8"),
         ("int4-magic-g64", "rtn, hqq, gptq"),
-        ("int4-hqq-g64-sym", "no option 'sym'"),
+        ("int4-hqq-g64-act", "no option 'act'"),
+        ("int8-rot-g64", "rot does 2, 3, 4 bits"),
+        ("sparse24-wanda+int4-awq-g128", "plain weights"),
         ("int4-rtn-g7", "multiple of 8"),
         ("int4-rtn-g0", "multiple of 8"),
         ("nested84-rtn-g64", "hqq, gptq can"),
