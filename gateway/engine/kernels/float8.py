@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressors.forms.float8 import Float8
 from compressors.tensor import StoredLinear
+from gateway.engine.kernels.native import fused
 from gateway.engine.kernels.scheme import KernelLinear, PackChild, Scheme, UnpackChild, expect
 
 LARGEST = 448.0
@@ -60,7 +61,11 @@ class Float8Linear(KernelLinear):
         return fits and torch.cuda.get_device_capability(device) >= _FP8_CAPABILITY
 
     def _fp8(self, x: Tensor) -> Tensor:
-        codes, scale = round_rows(x.reshape(-1, self.in_features))
+        rows, kernels = x.reshape(-1, self.in_features), fused()
+        if kernels is None:
+            codes, scale = round_rows(rows)
+        else:
+            codes, scale = kernels.round_rows(rows, None, torch.float8_e4m3fn)
         weight = self.codes.view(torch.float8_e4m3fn).t()
         out = torch._scaled_mm(
             codes,

@@ -7,13 +7,15 @@ multiplied before they are rounded.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compressors.forms.int8 import Int8
 from compressors.tensor import StoredLinear
-from gateway.engine.kernels.native import Feature, Int8Struct, NativeCall, library
+from gateway.engine.kernels.native import Feature, Int8Struct, NativeCall, fused, library
 from gateway.engine.kernels.scheme import (
     SCRATCH_BYTES,
     KernelLinear,
@@ -95,24 +97,43 @@ class Int8Linear(KernelLinear):
         return (weight if self.inputs is None else weight * self.inputs).to(dtype)
 
     def reference(self, x: Tensor) -> Tensor:
-        """Through torch's integer product; as a dense layer where CUDA has none for the shape."""
-        if x.is_cuda and (self.in_features % 8 or self.out_features % 8):
+        """Through integer products; as a dense layer where CUDA has none for the shape."""
+        kernels = fused() if x.is_cuda else None
+        if x.is_cuda and kernels is None and (self.in_features % 8 or self.out_features % 8):
             return super().reference(x)
         rows = x.reshape(-1, self.in_features)
         scratch = SCRATCH_BYTES * (_CUDA_SCRATCH if x.is_cuda else 1)
         step = max(_CUDA_ROWS, scratch // (4 * self.out_features))
         out = x.new_empty(rows.shape[0], self.out_features)
         for start in range(0, rows.shape[0], step):
-            out[start : start + step] = self._integers(rows[start : start + step])
+            part = rows[start : start + step]
+            out[start : start + step] = (
+                self._integers(part) if kernels is None else self._fused(part, kernels)
+            )
         return out.view(*x.shape[:-1], self.out_features)
 
     def _integers(self, x: Tensor) -> Tensor:
         codes, steps = round_rows(x, self.inputs)
-        if x.is_cuda and len(codes) < _CUDA_ROWS:
-            codes = F.pad(codes, (0, 0, 0, _CUDA_ROWS - len(codes)))
-        sums = torch._int_mm(codes, self.codes.t())[: len(x)]
-        out = sums * steps * self.scales
+        out = self._sums(codes) * steps * self.scales
         return out if self.bias is None else out + self.bias.float()
+
+    def _fused(self, x: Tensor, kernels: Any) -> Tensor:
+        codes, steps = kernels.round_rows(x, self.inputs, torch.int8)
+        odd = self.in_features % 8 or self.out_features % 8
+        if odd or len(x) <= kernels.BLOCK_ROWS:
+            out: Tensor = kernels.product(
+                codes, steps, self.codes, self.scales, bias=self.bias, dtype=x.dtype
+            )
+        else:
+            out = kernels.scale(self._sums(codes), steps, self.scales, self.bias, x.dtype)
+        return out
+
+    def _sums(self, codes: Tensor) -> Tensor:
+        """int32 [M, N]: codes int8 [M, K] times the weight's."""
+        rows = len(codes)
+        if codes.is_cuda and rows < _CUDA_ROWS:
+            codes = F.pad(codes, (0, 0, 0, _CUDA_ROWS - rows))
+        return torch._int_mm(codes, self.codes.t())[:rows]
 
 
 def round_rows(x: Tensor, inputs: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -13,8 +13,11 @@ import logging
 import os
 from enum import IntFlag
 from functools import cache
+from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -122,6 +125,14 @@ def library(needs: Feature) -> ctypes.CDLL | None:
         return None
     opened = _open()
     return opened[0] if opened and needs in opened[1] else None
+
+
+@cache
+def fused() -> ModuleType | None:
+    """The Triton kernels of `fused.py`, None where Triton is not (it comes with CUDA's torch)."""
+    if os.environ.get("PRESSGATE_NATIVE", "1") == "0" or find_spec("triton") is None:
+        return None
+    return import_module("gateway.engine.kernels.fused")
 
 
 class NativeCall:
