@@ -18,7 +18,8 @@ FAKE = {"models": [{"id": "fake", "path": "fake"}], "device": "cpu"}
 CONTRACT = {
     *("level", "family", "stored_bytes", "resident_bytes", "compression_ratio", "perplexity"),
     *("perplexity_ratio", "kl_nats", "top1_agreement", "flops_per_token", "prefill_tokens_per_s"),
-    *("decode_tokens_per_s", "speedup", "build_seconds", "load_seconds"),
+    *("decode_tokens_per_s", "speedup", "build_seconds", "load_seconds", "prefill_speedup"),
+    *("perplexity_ratio_low", "perplexity_ratio_high", "flips", "quality_windows"),
 }
 
 
