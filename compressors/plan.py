@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from compressors.base import CompressionError
 from compressors.calibration import Calibration
+from compressors.forecast import Shapes
 from compressors.lowrank.svd import rank_of
 from compressors.model import (
     Checkpoint,
@@ -65,6 +67,23 @@ class Plan:
     def weights(self) -> int:
         """Number of weights that will be compressed."""
         return sum(p.shape[0] * p.shape[1] for block in self.linears for p in block if p.steps)
+
+
+def shapes_of(model: nn.Module, item_size: int) -> Shapes:
+    """What `forecast` needs to know of a skeleton whose weights are stored in `item_size` bytes."""
+    blocks = decoder_blocks(model)
+    inside = {id(parameter) for parameter in blocks.modules.parameters()}
+    config: Any = model.config
+    return Shapes(
+        blocks=tuple(
+            tuple((weight.shape[0], weight.shape[1]) for weight in (weight_of(m) for _, m in found))
+            for found in (linears(block) for block in blocks.modules)
+        ),
+        item_size=item_size,
+        hidden=int(config.get_text_config().hidden_size),
+        largest=item_size
+        * max((p.numel() for p in model.parameters() if id(p) not in inside), default=0),
+    )
 
 
 def open_source(checkpoint: Checkpoint) -> Source:
