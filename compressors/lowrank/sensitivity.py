@@ -17,6 +17,7 @@ until the budget is spent. Pure tensors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from compressors import gram as grams
 from compressors.gram import Gram
-from compressors.lowrank.svd import rank_of
 
 Shape = tuple[int, int]
 _UNIT = 8  # ranks are multiples of this in layers that are large enough: kernels like it
@@ -66,47 +66,62 @@ def allocate(losses: Sequence[Tensor], shapes: Sequence[Shape], percent: int) ->
         One rank per layer; None for a layer that stays whole.
     """
     left = sum(n * k for n, k in shapes) * percent // 100
-    curves = [_curve(values, shape) for values, shape in zip(losses, shapes, strict=True)]
-    chosen = [curve[0][0] for curve in curves]
-    left -= sum(curve[0][0] * (n + k) for curve, (n, k) in zip(curves, shapes, strict=True))
+    every = [_points(values, shape) for values, shape in zip(losses, shapes, strict=True)]
+    chosen = [points[0] for points in every]
+    left -= sum(point.parameters for point in chosen)
     steps = [
-        ((before[1] - after[1]) / (after[2] - before[2]), layer, before, after)
-        for layer, curve in enumerate(curves)
-        for before, after in pairwise(curve)
+        (before.gain(after), layer, before, after)
+        for layer, points in enumerate(every)
+        for before, after in pairwise(_hull(points))
     ]
     # Along one convex curve the gain per parameter only falls: sorting keeps the order of steps.
     for _, layer, before, after in sorted(steps, key=lambda step: -step[0]):
-        if chosen[layer] == before[0] and after[2] - before[2] <= left:
-            chosen[layer] = after[0]
-            left -= after[2] - before[2]
-    return [
-        None if rank == _whole(shape) else rank for rank, shape in zip(chosen, shapes, strict=True)
-    ]
+        cost = after.parameters - before.parameters
+        if chosen[layer] is before and cost <= left:
+            chosen[layer], left = after, left - cost
+    while True:  # what is left is less than a step of the hull: take what fits
+        fits = [
+            (now.gain(point), layer, point)
+            for layer, now in enumerate(chosen)
+            for point in every[layer][every[layer].index(now) + 1 :][:1]
+            if point.parameters - now.parameters <= left
+        ]
+        if not fits:
+            break
+        _, layer, point = max(fits, key=lambda fit: fit[0])
+        left -= point.parameters - chosen[layer].parameters
+        chosen[layer] = point
+    return [point.rank for point in chosen]
 
 
-def _whole(shape: Shape) -> int:
-    """Stands for the rank of a layer that is left as it is."""
-    return min(shape) + 1
+@dataclass(frozen=True, slots=True)
+class _Point:
+    """A choice for one layer: its rank (None: whole), what it loses and what it holds."""
+
+    rank: int | None
+    loss: float
+    parameters: int
+
+    def gain(self, other: _Point) -> float:
+        """Loss saved per parameter by taking `other` instead."""
+        return (self.loss - other.loss) / (other.parameters - self.parameters)
 
 
-def _curve(losses: Tensor, shape: Shape) -> list[tuple[int, float, int]]:
-    """(rank, loss, parameters) at the corners of the convex hull below the points of all ranks."""
+def _points(losses: Tensor, shape: Shape) -> list[_Point]:
+    """The choices for a layer, smallest first."""
     n, k = shape
     unit = _UNIT if min(n, k) >= _SMALL else 1
-    tail = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
-    ranks = range(unit, rank_of(n, k, 100) + 1, unit) or range(1, 2)
-    points = [(rank, tail[rank], rank * (n + k)) for rank in ranks if rank * (n + k) < n * k]
-    hull: list[tuple[int, float, int]] = []
-    for point in [*points, (_whole(shape), 0.0, n * k)]:
-        while len(hull) > 1 and _above(hull[-2], hull[-1], point):
+    tail = losses.flip(0).cumsum(0).flip(0).tolist()
+    most = (n * k - 1) // (n + k)
+    points = [_Point(rank, tail[rank], rank * (n + k)) for rank in range(unit, most + 1, unit)]
+    return [*points, _Point(None, 0.0, n * k)]
+
+
+def _hull(points: list[_Point]) -> list[_Point]:
+    """The points at the corners of the convex hull below."""
+    hull: list[_Point] = []
+    for point in points:
+        while len(hull) > 1 and hull[-2].gain(hull[-1]) <= hull[-2].gain(point):
             hull.pop()
         hull.append(point)
     return hull
-
-
-def _above(
-    first: tuple[int, float, int], middle: tuple[int, float, int], last: tuple[int, float, int]
-) -> bool:
-    """`middle` lies on or above the line from `first` to `last`."""
-    rise = (last[1] - first[1]) * (middle[2] - first[2])
-    return (middle[1] - first[1]) * (last[2] - first[2]) >= rise
