@@ -189,7 +189,7 @@ class QuantKV:
         scores = (wide * keys.step) @ keys.codes.float().transpose(2, 3)
         scores += (wide * keys.low).sum(-1, keepdim=True)
         scores = torch.unflatten(scores, 0, (rows, context)).permute(0, 2, 3, 1, 4).contiguous()
-        scores[torch.arange(rows), :, :, place] = query @ own.transpose(2, 3)
+        scores[torch.arange(rows, device=scores.device), :, :, place] = query @ own.transpose(2, 3)
         scores = scores.flatten(3)
         scores *= _scale(scoring, shape)
         if scoring.softcap is not None:

@@ -18,8 +18,12 @@ import torch
 from torch import Tensor
 
 from compressors.kv_scheme import KVScheme
-from gateway.engine.core import Core, Job
+from gateway.engine.attention import LayerShape, Layout
+from gateway.engine.core import Core, Job, LocalOptions
+from gateway.engine.kv_cache import BlockPool
+from gateway.engine.kv_quant import QuantPool, make_pool
 from gateway.engine.runner import Model, VariantWeights, build_model, forward_logits
+from gateway.engine.scheduler import Limits, Scheduler, Sequence
 from gateway.engine.tokenizer import Tokenizer
 
 from .conftest import request, run, small_core, tokens_of, weights_of
@@ -115,6 +119,12 @@ def loaded(folder: Path, tokenizer: Tokenizer, scheme: KVScheme, **options: Any)
     return core
 
 
+@pytest.fixture(params=["native", "torch"])
+def _kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRESSGATE_NATIVE", "1" if request.param == "native" else "0")
+
+
+@pytest.mark.usefixtures("_kernels")
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logprobs_are_the_naive_simulations(
@@ -195,3 +205,67 @@ def test_measuring_does_not_disturb_serving(checkpoint: Maker, bytes_tokenizer: 
         tokens += [event.token for _, event in core.step() if hasattr(event, "token")]
         core.check_integrity()
     assert tokens == tokens_of(expected)
+
+
+def admitted(layout: Layout, budget: int, length: int) -> int:
+    """Tokens of equal sequences that run at the same time in pools of at most `budget` bytes."""
+    size = layout.block_size(LocalOptions().block_size)
+    pool = make_pool(layout, budget // layout.block_bytes(size), size, "cpu")
+    assert pool.nbytes <= budget
+    scheduler = Scheduler(
+        BlockPool(pool.num_blocks, size, reuse=False),
+        Limits(max_num_seqs=10_000, max_waiting=10_000),
+        layout.tail_blocks,
+    )
+    scheduler.open("v", identity="v")
+    for _ in range(budget // layout.block_bytes(size)):
+        scheduler.add(Sequence("v", length - 1, 1, [5] * (length - 1)))
+    scheduler.plan("v")
+    scheduler.check_integrity()
+    return scheduler.stats("v").running * length
+
+
+@pytest.mark.parametrize(
+    ("shape", "length"),
+    [
+        pytest.param(LayerShape(6, 64, 64), 1024, id="bundled model, full context"),
+        pytest.param(LayerShape(8, 128, 128), 4096, id="8B shape"),
+    ],
+)
+def test_the_same_memory_holds_twice_and_three_and_a_half_times_the_tokens(
+    shape: LayerShape, length: int
+) -> None:
+    layers, budget = (shape,) * 2, 192 << 20
+    plain = admitted(Layout(layers, torch.bfloat16), budget, length)
+    eight, four = (
+        admitted(Layout(layers, torch.bfloat16, KVScheme(bits)), budget, length) for bits in (8, 4)
+    )
+    # Eight-bit codes alone would make it 2; scales take the rest.
+    assert eight >= 1.9 * plain
+    assert four >= 3.5 * plain
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_pool_is_as_large_as_it_says(bits: int) -> None:
+    layout = Layout((LayerShape(2, 12, 20), LayerShape(1, 67, 67)), torch.float32, KVScheme(bits))
+    pool = QuantPool(layout, KVScheme(bits), 7, "cpu")
+    assert pool.nbytes == sum(layer._blocks.nbytes for layer in pool.layers)
+
+
+def test_tokens_of_the_bundled_model_hardly_change(
+    builtin_weights: VariantWeights, builtin_tokenizer: Tokenizer
+) -> None:
+    texts = ("The function returns a handle to the", "To open a file for reading,", "A list is")
+    prompts = [builtin_tokenizer.encode(text) for text in texts]
+    answers = {}
+    for bits in (16, 8):
+        scheme = None if bits == 16 else KVScheme(bits)
+        core = Core(LocalOptions(prefill_chunk=16))
+        core.attach("v", build_model(replace(builtin_weights, kv=scheme)), builtin_tokenizer)
+        jobs = [Job("v", request(prompt, 48), builtin_tokenizer) for prompt in prompts]
+        answers[bits] = [tokens_of(events) for events in run(core, jobs)]
+    same = [
+        next((i for i, (a, b) in enumerate(zip(x, y, strict=True)) if a != b), len(x))
+        for x, y in zip(answers[16], answers[8], strict=True)
+    ]
+    assert sum(same) > 0.75 * 3 * 48
