@@ -11,6 +11,7 @@ import typer
 
 from compressors.export.formats import WRITERS
 from compressors.recipe import Recipe, RecipeError
+from compressors.report import parts_table, to_table
 from gateway.commands.options import (
     AsJson,
     CacheDir,
@@ -95,9 +96,12 @@ def compress(
     if as_json:
         typer.echo(orjson.dumps(facts, option=orjson.OPT_INDENT_2))
         return
-    wide_console().print(
-        card_table("built", [(level, facts["family"], Card.model_validate(facts))])
-    )
+    console = wide_console()
+    report = facts.pop("report")
+    console.print(card_table("built", [(level, facts["family"], Card.model_validate(facts))]))
+    if report:
+        console.print(to_table(report))
+        console.print(parts_table(report.get("parts", {})))
 
 
 def _check_export(recipe: Recipe, folder: Path | None, form: str) -> None:
@@ -133,6 +137,13 @@ async def _compress(
                 f"--level: {backend.model} cannot be built as {level}; it has {own}", param="level"
             )
         family = families[level]
+        expected = backend.forecast(level)
+        if not await backend.stored(level):
+            typer.echo(
+                f"{level}: about {expected.peak_bytes / 1e6:.0f} MB of memory and "
+                f"{backend.card(level).build_seconds:.0f} s to build",
+                err=True,
+            )
         with progress_bars() as bars:
             task = bars.add_task(level, total=1.0)
             try:
@@ -145,6 +156,7 @@ async def _compress(
             except BuildFailed as error:
                 raise InvalidRequest(str(error), param="level") from error
         facts = {"level": level, "family": family} | backend.card(level).model_dump(mode="json")
+        facts["report"] = await backend.report(level)
         if export is not None:
             facts["exported"] = await backend.export(level, export, export_format)
         return facts

@@ -11,14 +11,19 @@ import importlib.metadata
 import time
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from cache.disk import DiskStore, EventFn
 from cache.manifest import Manifest
-from compressors.model import Checkpoint, torch_dtype
+from compressors.base import CompressionError
+from compressors.forecast import forecast, refusal
+from compressors.model import Checkpoint, build_skeleton, torch_dtype
+from compressors.pages import free_memory
 from compressors.pipeline import Host, compress
+from compressors.plan import shapes_of
 from compressors.recipe import Recipe
 from gateway.engine.kernels.store import unpack
 from gateway.engine.local import LocalEngine, LocalOptions, LocalRuntime
@@ -29,6 +34,7 @@ from gateway.quality.flops import flops_per_token, linear_flops
 from gateway.variants.artifact import ArtifactSink, dense_weights, imported_weights, weights_of
 from gateway.variants.card import Card
 from gateway.variants.measure import Speed, measure_speed
+from gateway.variants.parts import bytes_by_part
 from gateway.variants.resume import BuildJournal
 from gateway.variants.spec import BuildSpec
 from gateway.variants.texts import calibration_of, evaluation_windows
@@ -105,6 +111,11 @@ def _compress(
     if recipe.needs_calibration:
         progress(0.0, "preparing calibration text")
         calibration = calibration_of(spec, checkpoint)
+    skeleton = build_skeleton(checkpoint.config)
+    shapes = shapes_of(skeleton, next(skeleton.parameters()).element_size())
+    expected = forecast(shapes, recipe, threads=spec.threads, device=spec.device)
+    if why := refusal(recipe, expected, free_memory()):
+        raise CompressionError(why)
     versions = {name: importlib.metadata.version(name) for name in _VERSIONED}
     text = calibration.digest if calibration is not None else ""
     with disk.writer(spec.key, resume=True) as writer:
@@ -135,7 +146,8 @@ def _compress(
                 tensors=tensors,
                 modules=modules,
                 build_seconds=time.monotonic() - began,
-                report=report.to_json(),
+                report=report.to_json()
+                | {"parts": bytes_by_part(tensors, modules), "forecast": asdict(expected)},
             )
         )
 

@@ -19,6 +19,7 @@ from cache.errors import CacheError
 from cache.keys import variant_key
 from cache.lock import Claim
 from compressors.estimate import estimate
+from compressors.forecast import Forecast, Shapes, forecast
 from compressors.kv_scheme import scheme_of
 from compressors.recipe import Recipe
 from gateway.config import Model, Upstream
@@ -41,10 +42,8 @@ if TYPE_CHECKING:
 DEFAULT_TEXT = "default-v1"  # stands for the default calibration text in artifact keys
 _NATIVE_LEVELS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-# Before anything was measured here: dense bytes per second a build gets through, and the seconds
-# every worker spends on start-up and on measuring the card.
-_BUILD_RATE = {False: 50e6, True: 2e6}  # by "needs calibration"
-_BUILD_OVERHEAD_S = 15.0
+_BUILD_OVERHEAD_S = 15.0  # of every worker: to start, and to measure the card
+_PACE = (0.1, 30.0)  # bounds on what this host takes ÷ what was forecast
 _CHILD = "@"  # in the key of its card, after the artifact's
 
 
@@ -75,6 +74,7 @@ class LocalBackend:
         self._tokenizer: Tokenizer | None = None
         self._source = ""
         self._linear_share = 1.0
+        self._shapes: Shapes | None = None
         self._keys: dict[str, str] = {}
         self._known_cards: dict[str, Card] = {}  # asked for on every request
 
@@ -95,6 +95,7 @@ class LocalBackend:
             parse_config,
             source_names,
         )
+        from compressors.plan import shapes_of
 
         try:
             self._checkpoint = Checkpoint(self._folder)
@@ -107,6 +108,7 @@ class LocalBackend:
             self._source = self._checkpoint.source_digest
             if self._imported is None:  # every parameter must be there, in its shape
                 source_names(self._checkpoint, skeleton)
+                self._shapes = shapes_of(skeleton, next(skeleton.parameters()).element_size())
             else:
                 self.default_level = self._imported.level
         except CompressionError as error:
@@ -362,6 +364,30 @@ class LocalBackend:
             nice=settings.build.nice,
         )
 
+    def forecast(self, level: str) -> Forecast:
+        """Memory and time that building the level takes, from shapes."""
+        if self._shapes is None:
+            return Forecast(0, 0.0)
+        threads = self._shared.settings.build.threads
+        device = self._shared.runtime.device
+        return forecast(self._shapes, self._recipes[level], threads=threads, device=device)
+
+    async def report(self, level: str) -> dict[str, Any]:
+        """What the job that made a stored level said of itself; empty when there is none."""
+        manifest = await self._shared.store.manifest(self.key(level))
+        return {} if manifest is None else manifest.report
+
+    def _pace(self) -> float:
+        """What builds of this model take on this host ÷ what was forecast; the middle of all."""
+        known = sorted(
+            card.build_seconds / self.forecast(level).seconds
+            for level in self._recipes
+            if (card := self._shared.cards.get(self._card_key(level))) is not None
+            and card.build_seconds
+            and self.forecast(level).seconds
+        )
+        return min(max(known[len(known) // 2], _PACE[0]), _PACE[1]) if known else 1.0
+
     def _expected(self, level: str, elsewhere: Card | None) -> Card:
         """An estimate from the method's published behaviour and this host's dense card."""
         assert self._checkpoint is not None
@@ -379,8 +405,7 @@ class LocalBackend:
             "perplexity_ratio": expected.perplexity_ratio,
             "kl_nats": expected.kl_nats,
             "top1_agreement": expected.top1_agreement,
-            "build_seconds": _BUILD_OVERHEAD_S
-            + self._checkpoint.total_bytes / _BUILD_RATE[recipe.needs_calibration],
+            "build_seconds": _BUILD_OVERHEAD_S + self.forecast(level).seconds * self._pace(),
         }
         if self._imported is not None:  # it is the best there is: its own reference
             facts |= {"perplexity_ratio": 1.0, "kl_nats": 0.0, "top1_agreement": 1.0}

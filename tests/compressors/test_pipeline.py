@@ -348,7 +348,7 @@ def test_report_is_json_and_a_table(make_checkpoint: MakeCheckpoint) -> None:
     _, report = run(make_checkpoint("gpt2"), "depth-75+int4-rtn-g16")
     assert json.loads(json.dumps(report.to_json()))["recipe"] == report.recipe
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(to_table(report))
+    console.print(to_table(report.to_json()))
     text = console.export_text()
     for word in ("attn.c_attn", "mlp.c_proj", "dropped", "grouped"):
         assert word in text
