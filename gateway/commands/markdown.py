@@ -35,19 +35,25 @@ def table(rows: Sequence[tuple[str, str, Card]], failed: Mapping[str, str]) -> s
     return "\n".join(lines)
 
 
-def section(result: Mapping[str, Any], body: str) -> str:
-    """The table under a line that says how, where and on what it was measured."""
+def section(result: Mapping[str, Any], body: str, picture: str | None = None) -> str:
+    """The table under a line that says how, where and on what it was measured.
+
+    Args:
+        picture: path of the frontier's PNG as the file has to name it.
+    """
     host, versions = result["host"], result["versions"]
     windows = max((row["quality_windows"] for row in result["levels"]), default=0)
     text = (
         "the default text" if result["eval_text"] == "default" else Path(result["eval_text"]).name
     )
+    image = f"\n\n![Size, quality and speed of every level]({picture})" if picture else ""
     return (
         f"`pressgate bench --levels all` for {result['model']} on {host['cores']} cores of "
         f"{host['processor']}, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"{result['date']}. Quality against dense on the same {windows} windows of {text}, with "
         "the 95 % confidence interval of the perplexity ratio; prefill (512 tokens) and decode "
-        f"(batch 1) speed-ups timed beside dense in the same minutes.\n\n{body}"
+        "(batch 1) speed-ups timed beside dense in the same minutes; built with "
+        f"{host['build_threads']} thread(s).\n\n{body}{image}"
     )
 
 

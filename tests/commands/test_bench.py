@@ -141,6 +141,9 @@ def test_the_readme_is_refreshed_between_its_markers(bench: Bench, tmp_path: Pat
         assert "same 32 windows of the default text" in text
         assert "| `int8` | quantization | 14.0 | 1.00 | 1.0400 ± 0.0250 | 0.0400 | 0.900 |" in text
     assert text.count(BEGIN) == 1
+    assert run("--readme", str(file), "--png", str(tmp_path / "docs.png")).exit_code == 0
+    assert "\n\n![Size, quality and speed of every level](docs.png)\n" in file.read_text()
+    assert (tmp_path / "docs.png").exists()
 
 
 def test_a_file_without_markers_is_refused_before_anything_is_measured(
