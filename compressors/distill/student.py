@@ -66,7 +66,9 @@ class Student:
         self._linears: dict[str, TrainedLinear] = {}
         self.transposed: set[str] = set()
         for name, tensor in compressed.tensors.items():
-            set_tensor(self.model, name, tensor.float() if tensor.is_floating_point() else tensor)
+            # A copy: tensors may be mapped from the teacher's own file.
+            own = tensor.to(torch.float32, copy=True) if tensor.is_floating_point() else tensor
+            set_tensor(self.model, name, own)
         for name, form in compressed.linears.items():
             self._replace(name, form, make)
         missing = [name for name, p in self.model.named_parameters() if p.is_meta]

@@ -1,0 +1,505 @@
+"""Training compressed students: losses, forms that keep their constraints, whole jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from compressors.base import CompressionError
+from compressors.calibration import Calibration
+from compressors.distill import job, kl, rkl, seq, train
+from compressors.distill.corpus import Corpus, make_corpus, own_text
+from compressors.distill.losses import cross_entropy, forward_kl, reverse_kl
+from compressors.distill.state import TrainingState
+from compressors.distill.student import Student
+from compressors.distill.teacher import Teacher
+from compressors.distill.train import Pace, Training
+from compressors.distill.trainable import trained
+from compressors.memory import MemorySink, materialize
+from compressors.model import Checkpoint
+from compressors.pipeline import Host, compress
+from compressors.prune.magnitude import solve as magnitude
+from compressors.quantize import rtn
+from compressors.quantize.qat import FakeQuantized
+from compressors.recipe import Recipe, RecipeError
+from compressors.tensor import Dense, Grouped, LinearForm, LowRank, Sparse24
+
+Make = Callable[..., Path]
+
+
+def _softmax(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    e = np.exp(x - x.max())
+    return e / e.sum()
+
+
+def test_losses_equal_their_equations_in_float64() -> None:
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 3, 5, 11)) * 3
+    words = rng.integers(0, 11, size=(3, 5))
+    got = {
+        "forward": forward_kl(torch.tensor(student), torch.tensor(teacher)),
+        "soft": forward_kl(torch.tensor(student), torch.tensor(teacher), 2.0),
+        "reverse": reverse_kl(torch.tensor(student), torch.tensor(teacher)),
+        "words": cross_entropy(torch.tensor(student), torch.tensor(words)),
+    }
+    for i in range(3):
+        for j in range(5):
+            p, q = _softmax(teacher[i, j]), _softmax(student[i, j])
+            p2, q2 = _softmax(teacher[i, j] / 2), _softmax(student[i, j] / 2)
+            expected = {
+                "forward": sum(a * (np.log(a) - np.log(b)) for a, b in zip(p, q, strict=True)),
+                "soft": 4 * sum(a * (np.log(a) - np.log(b)) for a, b in zip(p2, q2, strict=True)),
+                "reverse": sum(b * (np.log(b) - np.log(a)) for a, b in zip(p, q, strict=True)),
+                "words": -np.log(q[words[i, j]]),
+            }
+            for name, value in expected.items():
+                assert float(got[name][i, j]) == pytest.approx(value, rel=1e-4, abs=1e-5)
+
+
+def _form(kind: str) -> LinearForm:
+    torch.manual_seed(3)
+    weight = torch.randn(12, 24)
+    grouped = rtn.solve(weight, bits=3, group=8)
+    if kind == "sparse":
+        return magnitude(weight, None, pattern="24")
+    if kind == "sparse50":
+        return magnitude(weight, None, pattern="50")
+    if kind == "sparse-codes":
+        sparse = magnitude(weight, None, pattern="24")
+        assert isinstance(sparse, Sparse24)
+        return dataclasses.replace(sparse, values=rtn.solve(sparse.values.dense(), bits=4, group=4))
+    forms: dict[str, LinearForm] = {
+        "dense": Dense(weight),
+        "codes": grouped,
+        "symmetric": rtn.solve(weight, bits=4, group=8, symmetric=True),
+        "ordered": dataclasses.replace(grouped, perm=torch.arange(24, dtype=torch.int32) % 3),
+        "short-group": rtn.solve(weight, bits=4, group=16),
+        "lowrank": LowRank(Dense(torch.randn(12, 4)), Dense(torch.randn(4, 24))),
+        "lowrank-codes": LowRank(
+            rtn.solve(torch.randn(12, 4), bits=8, group=4), Dense(torch.randn(4, 24))
+        ),
+    }
+    return forms[kind]
+
+
+FORMS = ("dense", "codes", "symmetric", "ordered", "short-group", "lowrank", "lowrank-codes")
+FORMS += ("sparse", "sparse50", "sparse-codes")
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_a_form_trains_inside_its_constraint(kind: str) -> None:
+    form = _form(kind)
+    module = trained(form)
+    torch.testing.assert_close(module.form().dense(), form.dense())
+    x, target = torch.randn(40, 24), torch.randn(40, 12)
+    optimizer = torch.optim.Adam(module.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (module(x) - target).square().mean()
+        loss.backward()
+        assert all(p.grad is not None and bool(p.grad.any()) for p in module.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    after = module.form()
+    assert type(after) is type(form)
+    assert after.shape == form.shape
+    assert after.nbytes <= form.nbytes + 2 * 24 * 12  # float32 now, before `stored_as`
+    torch.testing.assert_close(x @ after.dense().t(), module(x).detach(), rtol=1e-4, atol=1e-5)
+    if isinstance(form, Grouped) and isinstance(after, Grouped):
+        assert torch.equal(after.codes, form.codes)
+        assert after.symmetric == form.symmetric
+        assert not torch.equal(after.scales, form.scales)
+    if kind.startswith("sparse"):
+        assert bool((after.dense()[form.dense() == 0] == 0).all())
+        assert int((after.dense() != 0).sum()) == int((form.dense() != 0).sum())
+    if isinstance(form, LowRank) and isinstance(after, LowRank):
+        assert after.rank == form.rank
+
+
+def test_quantization_in_training_has_the_gradients_of_its_equations() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 16) * 2
+    start = rtn.solve(weight, bits=2, group=8)
+    module = FakeQuantized(weight, start)
+    torch.testing.assert_close(module.weight().detach(), start.dense())
+    with torch.no_grad():
+        module.latent.add_(0.3 * torch.randn_like(module.latent))
+    upstream = torch.randn(4, 16)
+    (module.weight() * upstream).sum().backward()
+    latent = (module.latent * module.unit).detach().double()
+    for n in range(4):
+        for g in range(2):
+            s, z = float(start.scales[n, g]), float(start.zeros[n, g])
+            scale_grad = zero_grad = 0.0
+            for k in range(8 * g, 8 * g + 8):
+                w, up = float(latent[n, k]), float(upstream[n, k])
+                place = w / s + z
+                q = min(max(round(place), 0), 3)
+                inside = 0 <= round(place) <= 3
+                # LSQ eq. 3 with a zero point; straight through inside the range, nothing outside.
+                assert float(module.latent.grad[n, k]) == pytest.approx(  # type: ignore[index]
+                    up * float(module.unit) if inside else 0.0, rel=1e-4, abs=1e-6
+                )
+                scale_grad += up * ((q - z) - (w / s if inside else 0.0))
+                zero_grad += up * (0.0 if inside else -s)
+            assert module.shift is not None
+            assert float(module.gain.grad[n, g]) == pytest.approx(  # type: ignore[index]
+                scale_grad * s, rel=1e-3, abs=1e-4
+            )
+            assert float(module.shift.grad[n, g]) == pytest.approx(  # type: ignore[index]
+                zero_grad, rel=1e-3, abs=1e-4
+            )
+    after = module.form()
+    assert int(after.codes.max()) <= 3
+    torch.testing.assert_close(after.dense(), module.weight().detach(), rtol=2e-3, atol=1e-3)
+
+
+def test_what_cannot_be_trained_is_said() -> None:
+    with pytest.raises(ValueError, match="cannot be trained"):
+        trained(_Opaque())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Opaque(LinearForm):
+    scheme = "opaque"
+    shape = (1, 1)
+    nbytes = 0
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(1, 1, dtype=dtype)
+
+    def stored_as(self, dtype: torch.dtype) -> LinearForm:
+        return self
+
+
+@pytest.fixture(scope="module")
+def taught(make_checkpoint: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that has learnt something: sequences that count on from any token."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        make_checkpoint("llama", initializer_range=0.05), dtype=torch.float32
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        tokens = _counting(16, generator)
+        optimizer.zero_grad()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("taught")
+    model.save_pretrained(folder)
+    return folder
+
+
+def _counting(rows: int, generator: torch.Generator) -> Tensor:
+    first = torch.randint(97, (rows, 1), generator=generator)
+    stride = torch.randint(1, 3, (rows, 1), generator=generator)
+    return (first + stride * torch.arange(32)) % 97
+
+
+@pytest.fixture
+def text() -> Calibration:
+    return Calibration(_counting(24, torch.Generator().manual_seed(1)), "counting")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little text and few tokens; nothing else differs."""
+    for module in (kl, rkl, seq):
+        plain = module.objective()
+        short = dataclasses.replace(
+            plain,
+            tokens=8_000,
+            generated=512 if plain.text else 4096,
+            rounds=min(plain.rounds, 2),
+        )
+        monkeypatch.setattr(module, "objective", lambda short=short: short)
+    pace = Pace(
+        batch_tokens=256,
+        rate=2e-3,
+        factor_rate=2e-3,
+        norm_rate=2e-3,
+        gain_rate=5e-3,
+        shift_rate=3e-2,
+        latent_rate=3e-2,
+    )
+    monkeypatch.setattr(job, "Pace", lambda: pace)
+    monkeypatch.setattr(train, "_SAVE_SECONDS", 0.0)
+
+
+def _loss(sink: MemorySink, teacher: Path, tokens: Tensor) -> float:
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    with torch.no_grad():
+        said = materialize(sink)(input_ids=tokens).logits
+        return float(forward_kl(said, reference(input_ids=tokens).logits).mean())
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("level", "recovered"),
+    [
+        ("depth-75+distill-kl", 0.5),
+        ("depth-75+distill-rkl", 0.2),
+        ("depth-75+distill-seq", 0.2),
+        ("width-50+distill-kl", 0.5),
+        ("lowrank-60+distill-kl", 0.5),
+        ("sparse24-wanda+distill-kl", 0.5),
+        ("int2-gptq-g16+distill-kl", 0.3),
+        ("int4-rtn-gch+distill-kl", 0.2),
+        ("sparse24-wanda+int2-rtn-g8+distill-kl", 0.3),
+    ],
+)
+def test_training_gives_back_what_compression_took(
+    level: str, recovered: float, taught: Path, text: Calibration
+) -> None:
+    held_out = _counting(32, torch.Generator().manual_seed(2))
+    before, after = MemorySink(), MemorySink()
+    compress(
+        Checkpoint(taught),
+        Recipe.parse(level.rpartition("+")[0]),
+        sink=before,
+        calibration=text,
+    )
+    report = compress(Checkpoint(taught), Recipe.parse(level), sink=after, calibration=text)
+    lost, left = _loss(before, taught, held_out), _loss(after, taught, held_out)
+    assert left < (1 - recovered) * lost, f"{lost} to {left}"
+    assert report.recipe == level
+    assert after.tensors.keys() == before.tensors.keys()
+    assert after.nbytes == before.nbytes
+    assert {n: type(f) for n, f in after.linears.items()} == {
+        n: type(f) for n, f in before.linears.items()
+    }
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in before.tensors:
+            assert torch.equal(after.tensors[name], before.tensors[name])
+    for name, form in before.linears.items():
+        if isinstance(form, Sparse24):
+            assert bool((after.linears[name].dense()[form.dense() == 0] == 0).all())
+
+
+@pytest.mark.usefixtures("quick")
+def test_quantization_aware_training_beats_gptq_on_the_same_grid(
+    taught: Path, text: Calibration
+) -> None:
+    held_out = _counting(32, torch.Generator().manual_seed(2))
+    plain, aware = MemorySink(), MemorySink()
+    compress(Checkpoint(taught), Recipe.parse("int2-gptq-g16"), sink=plain, calibration=text)
+    compress(Checkpoint(taught), Recipe.parse("int2-qat-g16"), sink=aware, calibration=text)
+    assert _loss(aware, taught, held_out) < 0.7 * _loss(plain, taught, held_out)
+    for name, form in aware.linears.items():
+        other = plain.linears[name]
+        assert isinstance(form, Grouped)
+        assert isinstance(other, Grouped)
+        assert (form.bits, form.group, form.codes.shape) == (2, 16, other.codes.shape)
+        assert int(form.codes.max()) <= 3
+        assert form.nbytes == other.nbytes
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "level",
+    [
+        "depth-75+distill-kl+int4-gptq-g16",
+        "lowrank-60+distill-kl+int8",
+        "sparse24-wanda+distill-kl+int4-gptq-g16",
+        "int2-gptq-g16+distill-kl+kv8",
+        "depth-75+int3-qat-g16+embed8",
+    ],
+)
+def test_steps_go_on_from_the_trained_student(level: str, taught: Path, text: Calibration) -> None:
+    head, _, last = level.rpartition("+")
+    healed, whole = MemorySink(), MemorySink()
+    compress(Checkpoint(taught), Recipe.parse(head), sink=healed, calibration=text)
+    report = compress(Checkpoint(taught), Recipe.parse(level), sink=whole, calibration=text)
+    held_out = _counting(16, torch.Generator().manual_seed(2))
+    assert report.recipe == level
+    quantizes = last.startswith("int")
+    for name, form in healed.linears.items():
+        now = whole.linears[name]
+        assert type(now) is type(form)
+        if isinstance(now, LowRank) and isinstance(form, LowRank):
+            assert now.rank == form.rank
+            assert isinstance(now.left, Grouped) == quantizes
+        error = (now.dense() - form.dense()).norm() / form.dense().norm()
+        assert float(error) < (0.35 if quantizes else 1e-6)
+    assert _loss(whole, taught, held_out) < _loss(healed, taught, held_out) + 0.5
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("level", ["depth-75+distill-rkl", "int2-qat-g16"])
+def test_a_stopped_training_ends_as_one_that_was_not(
+    level: str, taught: Path, text: Calibration, tmp_path: Path
+) -> None:
+    def run(scratch: Path | None, stop: float = 2.0) -> tuple[MemorySink, list[str]]:
+        seen: list[str] = []
+
+        def progress(share: float, what: str) -> None:
+            seen.append(what)
+            if share > stop and "training" in what:
+                raise KeyboardInterrupt
+
+        sink = MemorySink()
+        compress(
+            Checkpoint(taught),
+            Recipe.parse(level),
+            sink=sink,
+            calibration=text,
+            progress=progress,
+            host=Host(scratch=scratch),
+        )
+        return sink, seen
+
+    whole, steps = run(None)
+    folder = tmp_path / "scratch"
+    for stop in (0.4, 0.7):
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, stop)
+        assert (folder / "training.json").exists()
+    resumed, rest = run(folder)
+    assert sum("step" in s for s in rest) < 0.6 * sum("step" in s for s in steps)
+    assert not folder.exists()
+    _assert_equal(whole, resumed)
+
+
+def _assert_equal(a: MemorySink, b: MemorySink) -> None:
+    assert a.tensors.keys() == b.tensors.keys()
+    assert a.linears.keys() == b.linears.keys()
+    assert all(torch.equal(a.tensors[n], b.tensors[n]) for n in a.tensors)
+    assert all(torch.equal(a.linears[n].dense(), b.linears[n].dense()) for n in a.linears)
+
+
+@pytest.mark.parametrize("damage", ["tensors", "note", "job"])
+def test_a_state_that_does_not_fit_is_not_taken_up(damage: str, tmp_path: Path) -> None:
+    state = TrainingState(tmp_path, "job")
+    assert state.load() is None
+    state.save(3, {"x": torch.arange(4.0)})
+    state.save(7, {"x": torch.arange(5.0)})
+    kept = state.load()
+    assert kept is not None
+    assert kept[0] == 7
+    assert torch.equal(kept[1]["x"], torch.arange(5.0))
+    assert len(list(tmp_path.iterdir())) == 2
+    file, note = tmp_path / "step-7.safetensors", tmp_path / "training.json"
+    if damage == "tensors":
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+    elif damage == "note":
+        note.write_text('{"format": 1}')
+    else:
+        state = TrainingState(tmp_path, "another job")
+    assert state.load() is None
+    state.clear()
+    assert not tmp_path.exists()
+
+
+def test_only_what_belongs_to_the_blocks_trains(taught: Path, text: Calibration) -> None:
+    sink = MemorySink()
+    compress(Checkpoint(taught), Recipe.parse("depth-75"), sink=sink, calibration=text)
+    student = Student(sink)
+    student.logits(text.tokens[:2]).square().mean().backward()  # type: ignore[no-untyped-call]
+    for name, parameter in student.model.named_parameters():
+        inside = name.startswith("model.layers.") or name == "model.norm.weight"
+        assert (name in student.names) == inside
+        assert (parameter.grad is not None) == inside
+    teacher = Teacher(Checkpoint(taught))
+    teacher.read(text.tokens)
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(taught, dtype=torch.float32)
+    with torch.no_grad():
+        expected = reference(input_ids=text.tokens[3:5]).logits
+    got = teacher.logits(torch.tensor([3, 4])).float()
+    assert float((got - expected).norm() / expected.norm()) < 0.02
+
+
+def test_black_box_training_scores_the_teachers_words_only(taught: Path) -> None:
+    windows = torch.zeros(2, 32, dtype=torch.int64)
+    corpus = make_corpus(
+        dataclasses.replace(seq.objective(), generated=128), Checkpoint(taught), windows, seed=0
+    )
+    assert corpus.rows.shape == (4, 32)
+    assert not bool(corpus.scored[:, -1].any())
+    assert bool(corpus.scored[:, :-1].all())
+    mixed = make_corpus(
+        dataclasses.replace(kl.objective(), generated=64), Checkpoint(taught), windows, seed=0
+    )
+    assert mixed.rows.shape == (4, 32)
+    assert not bool(mixed.rows[:2].any())
+    assert bool(mixed.scored.all())
+
+
+def test_half_of_an_on_policy_row_is_the_students(taught: Path, text: Calibration) -> None:
+    sink = MemorySink()
+    compress(Checkpoint(taught), Recipe.parse("depth-75"), sink=sink, calibration=text)
+    student = Student(sink)
+    rows = own_text(student, text.tokens, seed=5)
+    assert torch.equal(rows[:, :16], text.tokens[:, :16])
+    assert not torch.equal(rows[:, 16:], text.tokens[:, 16:])
+    assert torch.equal(rows, own_text(student, text.tokens, seed=5))
+    assert not torch.equal(rows, own_text(student, text.tokens, seed=6))
+
+
+def test_every_row_is_seen_before_any_is_seen_again(taught: Path, text: Calibration) -> None:
+    sink = MemorySink()
+    compress(Checkpoint(taught), Recipe.parse("depth-75"), sink=sink, calibration=text)
+    corpus = Corpus(text.tokens, torch.ones_like(text.tokens, dtype=torch.bool))
+    training = Training(
+        Student(sink),
+        Teacher(Checkpoint(taught)),
+        corpus,
+        dataclasses.replace(kl.objective(), tokens=24 * 32 * 2),
+        Pace(batch_tokens=8 * 32),
+        seed=4,
+    )
+    assert training.steps == 6
+    picked = [training._pick(step) for step in range(6)]
+    for epoch in (picked[:3], picked[3:]):
+        assert sorted(torch.cat(epoch).tolist()) == list(range(24))
+    assert not torch.equal(torch.cat(picked[:3]), torch.cat(picked[3:]))
+
+
+def test_a_conv1d_model_with_biases_is_healed(make_checkpoint: Make, quick: None) -> None:
+    folder = make_checkpoint("gpt2")
+    tokens = torch.randint(97, (16, 32), generator=torch.Generator().manual_seed(0))
+    text = Calibration(tokens, "random")
+    before, after = MemorySink(), MemorySink()
+    level = "int2-rtn-g16"
+    compress(Checkpoint(folder), Recipe.parse(level), sink=before, calibration=text)
+    compress(Checkpoint(folder), Recipe.parse(f"{level}+distill-kl"), sink=after, calibration=text)
+    assert _loss(after, folder, tokens) < 0.8 * _loss(before, folder, tokens)
+    name = "transformer.h.0.attn.c_attn.bias"
+    assert after.tensors[name].shape == before.tensors[name].shape
+    assert not torch.equal(after.tensors[name], before.tensors[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("distill-kl", "needs a smaller model"),
+        ("int3-qat-g64+distill-kl", "trains the model already"),
+        ("depth-50+distill-kl+distill-rkl", "distilled once"),
+        ("int4-qat-g64", "does 2, 3 bits"),
+        ("lowrank-80+int3-qat-g64", "works on plain weights"),
+    ],
+)
+def test_senseless_trainings_are_refused(name: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Recipe.parse(name)
+
+
+def test_a_training_without_text_is_refused(taught: Path) -> None:
+    with pytest.raises(CompressionError, match="needs calibration text"):
+        compress(Checkpoint(taught), Recipe.parse("depth-75+distill-kl"), sink=MemorySink())
