@@ -18,6 +18,7 @@ offsets go into the query and the attention weights, `q·k' = (q s)·code + q·l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,6 +42,7 @@ from gateway.engine.kernels.kv import KVCall, kv_call
 
 # Codes turned to float at a time on a CPU: what is larger leaves the cache and is slower.
 _CPU_CELLS = 1 << 19
+_CPU_PIECE = 64  # tokens of a prefill chunk that attend together, a whole number of groups
 
 
 def make_pool(layout: Layout, num_blocks: int, block_size: int, device: str) -> Pool:
@@ -76,11 +78,11 @@ class QuantPool:
         return self.num_blocks * self.layout.block_bytes(self.block_size)
 
     def mask(self, start: int, stop: int, window: int | None) -> Tensor:
-        """bool [stop - start, complete + own]: keys of all complete groups as codes, then the keys
-        of the chunk's groups as the tail has them (see `Pool.mask`)."""
+        """bool [stop - start, past + own]: keys of groups before the last one's as codes, then
+        those of the chunk's own groups as the tail has them (see `Pool.mask`)."""
         group = self.block_size
         rows = torch.arange(start, stop, device=self.device)[:, None]
-        complete = torch.arange(stop // group * group, device=self.device)
+        complete = torch.arange((stop - 1) // group * group, device=self.device)
         own = torch.arange(start // group * group, stop, device=self.device)
         first = rows // group * group  # of the query's own group
         seen = torch.cat((complete < first, (own >= first) & (own <= rows)), 1)
@@ -91,6 +93,16 @@ class QuantPool:
     def clear(self) -> None:
         """See `Pool.clear`."""
         self.layers.clear()
+
+
+class _Seen(NamedTuple):
+    """Keys and values that a chunk may see, each [1, kv_heads, tokens, dim], from position 0 on or,
+    `own`, from the start of the chunk's first group on."""
+
+    past_keys: Tensor
+    past_values: Tensor
+    own_keys: Tensor
+    own_values: Tensor
 
 
 class _Batch(NamedTuple):
@@ -210,15 +222,36 @@ class QuantKV:
         scheme, size = self._scheme, self._scheme.group
         values = kv.encode_values(scheme, new.value[0].float().transpose(0, 1))
         self._values[step.writes // size, :, step.writes % size] = values
-        outs = []
+        outs: list[Tensor] = []
         for segment in step.segments:
             rows = slice(segment.begin, segment.end)
-            query = new.query[:, :, rows]
             own = self._store_keys(new.key[0, :, rows].float(), segment)
-            keys, values = (t.to(query.dtype)[None] for t in self._seen(own, segment))
-            mask = segment.masks[window]
-            outs.append(softmax_attention(query, keys, values, mask, scoring))
+            seen = self._seen(own, segment, new.query.dtype)
+            outs += self._chunk(new.query[:, :, rows], seen, segment, window, scoring)
         return torch.cat(outs, dim=2).transpose(1, 2)
+
+    def _chunk(
+        self, query: Tensor, seen: _Seen, segment: Segment, window: int, scoring: Scoring
+    ) -> Iterator[Tensor]:
+        """Attention of a chunk's rows, [1, heads, rows, value_dim] piece by piece.
+
+        A piece leaves out what none of its rows may see: most keys of the chunk's own groups.
+        """
+        size, stop = self._scheme.group, segment.start + query.shape[2]
+        mask = segment.masks[window]
+        assert mask is not None, "groups need a mask"
+        columns, first = seen.past_keys.shape[2], segment.start // size * size
+        begin = segment.start
+        while begin < stop:
+            end = min(stop, (begin // _CPU_PIECE + 1) * _CPU_PIECE) if query.is_cpu else stop
+            past = (end - 1) // size * size
+            own = slice(begin // size * size - first, end - first)
+            rows = slice(begin - segment.start, end - segment.start)
+            keys = torch.cat((seen.past_keys[:, :, :past], seen.own_keys[:, :, own]), 2)
+            values = torch.cat((seen.past_values[:, :, :past], seen.own_values[:, :, own]), 2)
+            shown = torch.cat((mask[rows, :past], mask[rows, columns:][:, own]), 1)
+            yield softmax_attention(query[:, :, rows], keys, values, shown, scoring)
+            begin = end
 
     def _store_keys(self, keys: Tensor, segment: Segment) -> Tensor:
         """Put a chunk's keys [heads, n, dim] away; all of its groups' as the tail has them,
@@ -241,21 +274,17 @@ class QuantKV:
             tail(first + full)[:, :rest] = encoded[:, full * size :]
         return own
 
-    def _seen(self, own: Tensor, segment: Segment) -> tuple[Tensor, Tensor]:
-        """Keys and values in `QuantPool.mask`'s order: complete groups, then `own`."""
+    def _seen(self, own: Tensor, segment: Segment, dtype: torch.dtype) -> _Seen:
+        """What a chunk may see; `own` is what `_store_keys` gave."""
         shape, size = self._shape, self._scheme.group
         stop = segment.start + segment.end - segment.begin
-        complete = stop // size
+        complete, first = (stop - 1) // size, segment.start // size
         stored = self._blocks.index_select(0, segment.blocks)
         keys = kv.decode_keys(self._scheme, self._keys_in(stored[:complete]), shape.key_dim)
         values = kv.decode_values(self._scheme, self._values_in(stored), shape.value_dim)
-        flat = values.dense().flatten(-2).transpose(0, 1).flatten(1, 2)
-        past = keys.dense().transpose(0, 1).flatten(1, 2)
-        begin = segment.start // size * size
-        return (
-            torch.cat((past, own), 1),
-            torch.cat((flat[:, : complete * size], flat[:, begin:stop]), 1),
-        )
+        flat = values.dense().flatten(-2).to(dtype).transpose(0, 1).flatten(1, 2)[None]
+        past = keys.dense().to(dtype).transpose(0, 1).flatten(1, 2)[None]
+        return _Seen(past, flat, own.to(dtype)[None], flat[:, :, first * size : stop])
 
 
 def _scale(scoring: Scoring, shape: LayerShape) -> float:
