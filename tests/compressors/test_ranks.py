@@ -36,7 +36,8 @@ def moments(rows: Tensor) -> gram.Gram:
 
 
 def correlated(rows: int, width: int) -> Tensor:
-    return torch.randn(rows, width) @ torch.randn(width, width) / width**0.5
+    x: Tensor = torch.randn(rows, width) @ torch.randn(width, width) / width**0.5
+    return x
 
 
 @pytest.mark.parametrize(("n", "k"), [(24, 40), (40, 24), (16, 16)])
@@ -120,9 +121,8 @@ def reference_losses(model: torch.nn.Module, tokens: Tensor) -> dict[str, Tensor
     for name, module in linears(model):
         module.register_forward_hook(watch(name))
     logits = model(input_ids=tokens, use_cache=False).logits
-    F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"
-    ).backward()
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
+    loss.backward()  # type: ignore[no-untyped-call]
     losses = {}
     for name, (x, out) in seen.items():
         assert out.grad is not None
