@@ -17,7 +17,7 @@ from compressors.distill.objective import Objective
 
 def objective() -> Objective:
     """The method as the trainer takes it."""
-    return Objective(loss=_loss, generated=131_072, rounds=4, tokens=400_000)
+    return Objective(loss=_loss, generated=131_072, rounds=4)
 
 
 def _loss(student: Tensor, teacher: Tensor, _words: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from compressors.distill.objective import Objective
 
 def objective() -> Objective:
     """The method as the trainer takes it."""
-    return Objective(loss=_loss, white_box=False, text=False, generated=393_216, tokens=400_000)
+    return Objective(loss=_loss, white_box=False, text=False, generated=393_216)
 
 
 def _loss(student: Tensor, _teacher: Tensor, words: Tensor) -> Tensor:

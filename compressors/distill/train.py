@@ -23,7 +23,7 @@ from compressors.distill.student import Student
 from compressors.distill.teacher import Teacher
 
 Say = Callable[[float, str], None]
-_LOGITS = 1 << 25  # logits of one forward pass; more rows than that are taken one after the other
+LOGITS = 1 << 24  # logits of one forward pass; more rows than that are taken one after the other
 _SAVE_SECONDS = 30.0
 _OWN, _ROUND = "own.rows", "own.round"
 
@@ -151,7 +151,7 @@ class Training:
         picked = self._pick(step)
         length = self._rows.shape[1]
         vocabulary = int(self._student.model.config.vocab_size)  # type: ignore[union-attr,arg-type]
-        most = max(1, _LOGITS // (length * vocabulary))
+        most = max(1, LOGITS // (length * vocabulary))
         scored = int(self._corpus.scored[picked, :length].sum())
         total = 0.0
         for rows in picked.split(most):  # type: ignore[no-untyped-call]
