@@ -18,6 +18,8 @@ _WORK = 18  # bytes per weight: float32, codes, their packed form, what it stand
 _SOLVE = 5  # K×K float32 matrices besides the statistic: damped, factored, inverted, ordered
 _ACTIVATIONS = 10  # tensors [tokens, widest] of a batch alive at once
 _FIXED = 48 * 2**20  # allocator, buffers of files being written
+_TRAINED = 24  # bytes per weight: float32, gradient, two moments, the compressed and dense weight
+_LOGITS = 2**24 * 40  # bytes of logits of a step, both models', and what the loss makes of them
 _CUDA_GAIN = 40.0  # seconds on a CPU core ÷ seconds on a GPU: measured on an H200, GPTQ and HQQ
 _WALK_FLOPS = 60e9  # multiply-adds ×2 per second and core
 
@@ -78,7 +80,10 @@ def _peak(shapes: Shapes, recipe: Recipe, threads: int, tokens: int) -> int:
     activations = 4 * batch * widest * _ACTIVATIONS * (threads + 1)
     statistics = 4 * deepest * deepest * (1 + _SOLVE * threads)
     weights = (4 + shapes.item_size) * block
-    return _FIXED + shapes.largest + work + weights + statistics + states + activations
+    training = 0
+    if any(METHODS[step.method].trains for step in recipe.steps):
+        training = _TRAINED * shapes.weights + _LOGITS
+    return _FIXED + shapes.largest + work + weights + statistics + states + activations + training
 
 
 def _seconds(shapes: Shapes, recipe: Recipe, tokens: int) -> float:

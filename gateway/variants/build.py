@@ -42,6 +42,7 @@ from gateway.variants.texts import calibration_of, evaluation_windows
 ProgressFn = Callable[[float, str], None]
 
 _MEASURE_KV_BYTES = 128 * 2**20
+_TRAINING = "training"  # in the writer's folder: outlives a kill, and is cleaned up like it
 _VERSIONED = ("pressgate", "torch", "transformers", "safetensors")
 # Shares of the progress bar: texts and compression, quality, speed.
 _COMPRESSED, _JUDGED = 0.7, 0.85
@@ -129,7 +130,12 @@ def _compress(
             calibration=calibration,
             progress=lambda share, message: progress(0.2 + 0.8 * share, message),
             seed=spec.seed,
-            host=Host(device=spec.device, threads=spec.threads, journal=journal),
+            host=Host(
+                device=spec.device,
+                threads=spec.threads,
+                journal=journal,
+                scratch=writer.folder / _TRAINING,
+            ),
         )
         tensors, modules = sink.records()
         writer.commit(
