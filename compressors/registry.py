@@ -243,7 +243,7 @@ METHODS: dict[str, Method] = {
         {},
         recovers=0.6,
         trains=True,
-        build_bytes_per_s=60e3,
+        build_bytes_per_s=45e3,
     ),
     "rkl": Method(
         "rkl",
@@ -254,7 +254,7 @@ METHODS: dict[str, Method] = {
         {},
         recovers=0.55,
         trains=True,
-        build_bytes_per_s=60e3,
+        build_bytes_per_s=45e3,
     ),
     "seq": Method(
         "seq",
@@ -265,7 +265,7 @@ METHODS: dict[str, Method] = {
         {},
         recovers=0.5,
         trains=True,
-        build_bytes_per_s=60e3,
+        build_bytes_per_s=45e3,
     ),
     "qat": Method(
         "qat",
@@ -276,7 +276,7 @@ METHODS: dict[str, Method] = {
         priors.QAT,
         options=frozenset({"sym"}),
         trains=True,
-        build_bytes_per_s=60e3,
+        build_bytes_per_s=45e3,
     ),
     "embed": Method(
         "embed", "embed", "quantization", f"{_QUANTIZE}.embed:solve", False, priors.EMBED
