@@ -97,6 +97,8 @@ def test_an_estimate_is_possible_for_every_recipe_and_stacking_never_improves(na
         ("lowrank-80", "lowrank", True),
         ("lowrank-80+int8", "lowrank", True),
         ("depth-75+int4-rtn-g64", "pruning", True),
+        ("depth-75+distill-kl+int4-gptq-g128", "distillation", True),
+        ("int2-qat-g64", "quantization", True),
     ],
 )
 def test_family_and_need_of_calibration(name: str, family: str, calibrated: bool) -> None:
