@@ -7,7 +7,7 @@ here s and z are learned with it (LSQ, arXiv:1902.08153, eq. 3, which falls out 
 identity; EfficientQAT, arXiv:2407.11062, section 3.2), since below four bits the range of a group
 is a bad grid. Training starts from GPTQ's codes: each weight at the point of its code's cell that
 is nearest to the dense weight. The loss is the divergence from the dense model on text that the
-dense model made (section 3.1). Pure tensors.
+dense model made (section 3.1), beside the calibration text. Pure tensors.
 """
 
 from __future__ import annotations
