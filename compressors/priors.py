@@ -100,9 +100,9 @@ WIDTH = {
     50: Quality(3.0, 1.2, 0.5),
 }
 SVD = {
-    90: Quality(1.222, 0.317, 0.746),
-    80: Quality(1.363, 0.461, 0.694),
-    60: Quality(2.09, 0.964, 0.574),
+    90: Quality(1.031, 0.067, 0.877),
+    80: Quality(1.105, 0.195, 0.794),
+    60: Quality(1.54, 0.623, 0.646),
     40: Quality(5.78, 2.053, 0.400),
 }
 # Measured by the engine's own steps, through the quantized cache.
