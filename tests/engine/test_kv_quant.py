@@ -269,3 +269,27 @@ def test_tokens_of_the_bundled_model_hardly_change(
         for x, y in zip(answers[16], answers[8], strict=True)
     ]
     assert sum(same) > 0.75 * 3 * 48
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_cuda_computes_the_same(bits: int, checkpoint: Maker, bytes_tokenizer: Tokenizer) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    model = shallow(checkpoint("llama"), "eager")
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    scheme = KVScheme(bits, GROUP)
+    weights = VariantWeights(model.config.to_dict(), tensors, {}, torch.float32, scheme)
+    found: dict[str, list[list[float]]] = {}
+    for device in ("cpu", "cuda"):
+        core = Core(LocalOptions(device=device, prefill_chunk=16, kv_bytes=4 << 20))
+        core.attach("v", build_model(weights, device=device), bytes_tokenizer)
+        jobs = [Job("v", request(p, 30, logprobs=0), bytes_tokenizer) for p in prompts(4)]
+        found[device] = [
+            [e.logprob.logprob for e in events if e.logprob and e.logprob.logprob is not None]
+            for events in run(core, jobs)
+        ]
+    for left, right in zip(found["cpu"], found["cuda"], strict=True):
+        # Rounding borders may fall differently; a wrong byte or mask would be far off.
+        assert left == pytest.approx(right, abs=0.05)
+        assert sum(abs(x - y) for x, y in zip(left, right, strict=True)) < 0.005 * len(left)
