@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from gateway.errors import InvalidRequest
@@ -22,6 +23,7 @@ _HEADER = (
     "decode ×",
     "build s",
 )
+_WIDTH = 119  # of the README's lines
 _WORDS = 2  # of the columns, how many are no numbers
 
 
@@ -46,15 +48,17 @@ def section(result: Mapping[str, Any], body: str, picture: str | None = None) ->
     text = (
         "the default text" if result["eval_text"] == "default" else Path(result["eval_text"]).name
     )
-    image = f"\n\n![Size, quality and speed of every level]({picture})" if picture else ""
-    return (
+    threads = host["build_threads"]
+    how = (
         f"`pressgate bench --levels all` for {result['model']} on {host['cores']} cores of "
         f"{host['processor']}, torch {versions['torch']}, transformers {versions['transformers']}, "
         f"{result['date']}. Quality against dense on the same {windows} windows of {text}, with "
         "the 95 % confidence interval of the perplexity ratio; prefill (512 tokens) and decode "
         "(batch 1) speed-ups timed beside dense in the same minutes; built with "
-        f"{host['build_threads']} thread(s).\n\n{body}{image}"
+        f"{threads} {'thread' if threads == 1 else 'threads'}."
     )
+    image = f"\n\n![Size, quality and speed of every level]({picture})" if picture else ""
+    return f"{fill(how, _WIDTH, break_on_hyphens=False)}\n\n{body}{image}"
 
 
 def splice(file: Path, content: str) -> None:
