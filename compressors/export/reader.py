@@ -7,7 +7,7 @@ layout `autogptq_format`'s.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,12 @@ class GptqCheckpoint(PackedCheckpoint):
         )
         bits, group = self._layout(tensors, shape[1])
         return from_gptq(tensors, bits, group, self.settings.version)
+
+    def forms(self) -> Iterator[tuple[str, Grouped]]:
+        """Every quantized linear in turn; the format has groups only."""
+        for module, form in super().forms():
+            assert isinstance(form, Grouped)
+            yield module, form
 
     def _layout(self, tensors: GptqTensors, in_features: int) -> tuple[int, int]:
         """(bits, group size) of one linear: the tensors' own, as GPTQModel may mix them."""
