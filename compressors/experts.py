@@ -165,6 +165,19 @@ def parts_of(model: nn.Module) -> dict[str, tuple[str, Part]]:
     return found
 
 
+def active_share(model: nn.Module) -> dict[str, float]:
+    """Path of every layer of experts → the share of its experts that a token goes through."""
+    config: Any = model.config
+    text = config.get_text_config()
+    names = ("num_experts_per_tok", "moe_k", "moe_topk")
+    chosen = next((k for name in names if isinstance(k := getattr(text, name, None), int)), None)
+    return {
+        path: min(1.0, (chosen or module.num_experts) / module.num_experts)
+        for path, module in model.named_modules()
+        if isinstance(module, Routed)
+    }
+
+
 def expert_name(stored: str, fused: str, pattern: str, place: int) -> str | None:
     """Today's name of a tensor that transformers would merge into a fused parameter.
 

@@ -19,12 +19,15 @@ import torch
 from cache.disk import DiskStore, EventFn
 from cache.manifest import Manifest
 from compressors.base import CompressionError
+from compressors.experts import active_share
 from compressors.forecast import forecast, refusal
 from compressors.model import Checkpoint, build_skeleton, torch_dtype
 from compressors.pages import free_memory
 from compressors.pipeline import Host, compress
 from compressors.plan import shapes_of
 from compressors.recipe import Recipe
+from compressors.tensor import LinearForm
+from gateway.engine.kernels.scheme import KernelLinear
 from gateway.engine.kernels.store import unpack
 from gateway.engine.local import LocalEngine, LocalOptions, LocalRuntime
 from gateway.engine.runner import Model, VariantWeights, build_model, forward_logits
@@ -177,14 +180,6 @@ def _quality(
 
 def _card(spec: BuildSpec, quality: Quality, level: VariantWeights) -> Card:
     model = build_model(level, device=spec.device)
-    plain = {
-        name: (module.out_features, module.in_features)
-        for name, module in model.module.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
-    flops = flops_per_token(level.config, plain, context=model.context_length // 2).total
-    for stored in level.linears.values():  # one unpacked at a time
-        flops += linear_flops(unpack(stored))
     return Card(
         measured=True,
         resident_bytes=model.resident_bytes,
@@ -196,8 +191,32 @@ def _card(spec: BuildSpec, quality: Quality, level: VariantWeights) -> Card:
         top1_agreement=quality.top1_agreement,
         flips=quality.flips,
         quality_windows=quality.windows,
-        flops_per_token=flops,
+        flops_per_token=_flops(model, level),
     )
+
+
+def _flops(model: Model, level: VariantWeights) -> int:
+    """Operations per token, of experts only those that a token goes through."""
+    shares = active_share(model.module)
+
+    def cost(name: str, weight: LinearForm | tuple[int, int]) -> int:
+        owner = name.rpartition(".")[0].rpartition(".")[0]
+        return int(linear_flops(weight) * shares.get(owner, 1.0))
+
+    done = {"lm_head", *level.linears}
+    total = flops_per_token(level.config, {}, context=model.context_length // 2).total
+    for name, module in model.module.named_modules():
+        inside = any(part in done for part in (name, *_parents(name)))
+        if isinstance(module, (torch.nn.Linear, KernelLinear)) and not inside:
+            total += cost(name, (module.out_features, module.in_features))
+    for name, stored in level.linears.items():  # one unpacked at a time
+        total += cost(name, unpack(stored)) if name != "lm_head" else 0
+    return total
+
+
+def _parents(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
 async def _speeds(spec: BuildSpec, dense: VariantWeights, level: VariantWeights) -> dict[str, Any]:
