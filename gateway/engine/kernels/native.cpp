@@ -9,6 +9,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include "bf16.h"
+#include "float8.h"
 #include "grouped.h"
 #include "int8.h"
 #include "kv.h"
@@ -43,6 +44,16 @@ EXPORT void pressgate_int8(const Int8* w, const void* x, void* out, int64_t rows
   int8_linear(*w, (const char*)x, (char*)out, rows, bf16 != 0, threads);
 }
 
+EXPORT void pressgate_float8(const Float8* w, const void* x, void* out, int64_t rows, int bf16,
+                             int64_t threads) {
+  float8_linear(*w, (const uint16_t*)x, (char*)out, rows, bf16 != 0, threads);
+}
+
+EXPORT void pressgate_float8_expand(const Float8* w, int64_t start, int64_t stop, void* out,
+                                    int64_t threads) {
+  float8_expand(*w, start, stop, (uint16_t*)out, threads);
+}
+
 EXPORT void pressgate_kv(const Kv* layer, const KvStep* step, int64_t threads) {
   kv_decode(*layer, *step, threads);
 }
@@ -55,4 +66,4 @@ EXPORT void pressgate_expand(const Dense* w, int64_t start, int64_t stop, void* 
 EXPORT int pressgate_features() { return 0; }
 #endif
 
-EXPORT int pressgate_abi() { return 4; }
+EXPORT int pressgate_abi() { return 5; }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-ABI = 4
+ABI = 5
 
 
 class Feature(IntFlag):
@@ -71,6 +71,18 @@ class Int8Struct(ctypes.Structure):
     )
 
 
+class Float8Struct(ctypes.Structure):
+    """`Float8` of native.cpp."""
+
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+    )
+
+
 class DenseStruct(ctypes.Structure):
     """`Dense` of native.cpp."""
 
@@ -110,12 +122,13 @@ def _open() -> tuple[ctypes.CDLL, Feature] | None:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     arguments = (pointer, pointer, pointer, number, ctypes.c_int, number)
-    for function in (dll.pressgate_grouped, dll.pressgate_int8, dll.pressgate_dense):
+    for name in ("grouped", "int8", "float8", "dense"):
+        function = getattr(dll, f"pressgate_{name}")
         function.argtypes, function.restype = arguments, None
     if Feature.KV in features:
         dll.pressgate_kv.argtypes, dll.pressgate_kv.restype = (pointer, pointer, number), None
-    dll.pressgate_expand.argtypes = (pointer, number, number, pointer, number)
-    dll.pressgate_expand.restype = None
+    for function in (dll.pressgate_expand, dll.pressgate_float8_expand):
+        function.argtypes, function.restype = (pointer, number, number, pointer, number), None
     return dll, features
 
 
@@ -146,19 +159,21 @@ class NativeCall:
         bf16_input: the kernel reads bf16 only; other activations are rounded to it.
     """
 
-    __slots__ = ("_dll", "_function", "_keep", "address", "bf16_input", "k", "max_rows", "n")
+    __slots__ = ("_expand", "_function", "_keep", "address", "bf16_input", "k", "max_rows", "n")
 
     def __init__(
         self,
         dll: ctypes.CDLL,
         entry: str,
-        struct: GroupedStruct | Int8Struct | DenseStruct,
+        struct: GroupedStruct | Int8Struct | Float8Struct | DenseStruct,
         keep: tuple[object, ...],
         *,
         max_rows: int,
         bf16_input: bool,
     ) -> None:
-        self._dll, self._function, self._keep = dll, getattr(dll, entry), (struct, keep)
+        self._function, self._keep = getattr(dll, entry), (struct, keep)
+        own = isinstance(struct, Float8Struct)
+        self._expand = dll.pressgate_float8_expand if own else dll.pressgate_expand
         self.address = ctypes.addressof(struct)
         self.n, self.k = int(struct.n), int(struct.k)
         self.max_rows, self.bf16_input = max_rows, bf16_input
@@ -187,10 +202,10 @@ class NativeCall:
         return out
 
     def expand(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop of a sparse weight, dense, bf16 [stop-start, K]."""
+        """Rows start..stop of a sparse or E4M3 weight, dense, bf16 [stop-start, K]."""
         out = torch.empty(stop - start, self.k, dtype=torch.bfloat16)
         threads = torch.get_num_threads()
-        self._dll.pressgate_expand(self.address, start, stop, out.data_ptr(), threads)
+        self._expand(self.address, start, stop, out.data_ptr(), threads)
         return out
 
 
