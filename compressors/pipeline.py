@@ -64,12 +64,14 @@ class Host:
         threads: of the CPU; None is what torch would use. The result does not depend on it.
         journal: keeps how far the job came; None when nothing could go on from there.
         scratch: folder of this job alone, where a training keeps how far it came.
+        texts: folder where trainings keep text that the dense model wrote, for each other.
     """
 
     device: torch.device | str = "cpu"
     threads: int | None = None
     journal: Journal | None = None
     scratch: Path | None = None
+    texts: Path | None = None
 
 
 def compress(

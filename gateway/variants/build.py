@@ -138,6 +138,7 @@ def _compress(
                 threads=spec.threads,
                 journal=journal,
                 scratch=writer.folder / _TRAINING,
+                texts=spec.cache_dir / "texts",
             ),
         )
         tensors, modules = sink.records()
