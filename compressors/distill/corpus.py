@@ -6,9 +6,14 @@ Everything is a function of the seed, so that a resumed training reads the same.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from blake3 import blake3
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compressors.calibration import SEGMENT, generate, sample
@@ -39,16 +44,19 @@ def make_corpus(
     *,
     seed: int,
     device: torch.device | str = "cpu",
+    kept: Path | None = None,
 ) -> Corpus:
-    """What `objective` trains on; `windows` int64 [n, length] is the calibration text."""
+    """What `objective` trains on; `windows` int64 [n, length] is the calibration text.
+
+    The teacher's text is kept in the folder `kept` for other trainings: it takes a fifth of one.
+    """
     length = windows.shape[1]
     parts = [windows] if objective.text else []
     if objective.generated:
         count = math.ceil(objective.generated / length)
-        # Odd seeds of the default texts are taken: see `calibration.default_calibration`.
-        parts.append(
-            generate(checkpoint, windows=count, length=length, seed=seed + 1_000_003, device=device)
-        )
+        # Far from the seeds of the default texts, see `calibration.default_calibration`.
+        size = (count, length, seed + 1_000_003)
+        parts.append(_written(checkpoint, size, torch.device(device), kept))
     rows = torch.cat(parts)
     scored = torch.ones_like(rows, dtype=torch.bool)
     scored[:, -1] = objective.white_box
@@ -56,6 +64,43 @@ def make_corpus(
         segment = min(SEGMENT, length)
         scored[:, segment - 1 :: segment] = False
     return Corpus(rows, scored)
+
+
+def _written(
+    checkpoint: Checkpoint, size: tuple[int, int, int], device: torch.device, kept: Path | None
+) -> Tensor:
+    """Rows that the teacher wrote, int64 [n, length] for size (n, length, seed); read or made."""
+    count, length, seed = size
+    file = None
+    if kept is not None:
+        job = f"{checkpoint.source_digest} {size} {device.type} {torch.__version__}"
+        file = kept / f"written-{blake3(job.encode()).hexdigest()[:32]}.safetensors"
+        known = _read(file, int(checkpoint.config.get("vocab_size", 0)))
+        if known is not None:
+            return known
+    rows = generate(checkpoint, windows=count, length=length, seed=seed, device=device)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        digest = blake3(rows.numpy().tobytes()).hexdigest()
+        save_file({"rows": rows}, temporary, {"digest": digest})
+        temporary.replace(file)
+    return rows
+
+
+def _read(file: Path, vocabulary: int) -> Tensor | None:
+    """The rows in `file`, or None where there are none or they are not what was written."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            rows: Tensor = opened.get_tensor("rows")
+            digest = (opened.metadata() or {}).get("digest")
+    except (OSError, SafetensorError):
+        return None
+    if rows.dtype != torch.int64 or rows.ndim != 2 or not rows.numel():
+        return None
+    if blake3(rows.numpy().tobytes()).hexdigest() != digest:
+        return None
+    return rows if 0 <= int(rows.min()) and int(rows.max()) < vocabulary else None
 
 
 @torch.no_grad()

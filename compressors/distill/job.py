@@ -137,7 +137,12 @@ class _Job:
         student = Student(before.sink, make=_maker(before), device=device)
         self.say(_BEFORE, "the teacher writes text to train on")
         corpus = make_corpus(
-            objective, self._checkpoint, self.windows, seed=self._seed, device=device
+            objective,
+            self._checkpoint,
+            self.windows,
+            seed=self._seed,
+            device=device,
+            kept=self._host.texts,
         )
         training = Training(
             student,

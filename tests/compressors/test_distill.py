@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compressors.base import CompressionError
 from compressors.calibration import Calibration
-from compressors.distill import job, kl, rkl, seq, train
+from compressors.distill import corpus, job, kl, rkl, seq, train
 from compressors.distill.corpus import Corpus, make_corpus, own_text
 from compressors.distill.losses import cross_entropy, forward_kl, reverse_kl
 from compressors.distill.state import TrainingState
@@ -38,7 +38,8 @@ Make = Callable[..., Path]
 
 def _softmax(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     e = np.exp(x - x.max())
-    return e / e.sum()
+    probabilities: np.ndarray[Any, Any] = e / e.sum()
+    return probabilities
 
 
 def test_losses_equal_their_equations_in_float64() -> None:
@@ -93,7 +94,15 @@ def _form(kind: str) -> LinearForm:
     return forms[kind]
 
 
-FORMS = ("dense", "codes", "symmetric", "ordered", "short-group", "lowrank", "lowrank-codes")
+FORMS: tuple[str, ...] = (
+    "dense",
+    "codes",
+    "symmetric",
+    "ordered",
+    "short-group",
+    "lowrank",
+    "lowrank-codes",
+)
 FORMS += ("scaled", "rotated", "sparse", "sparse50", "sparse-codes")
 
 
@@ -138,7 +147,7 @@ def test_quantization_in_training_has_the_gradients_of_its_equations() -> None:
     with torch.no_grad():
         module.latent.add_(0.3 * torch.randn_like(module.latent))
     upstream = torch.randn(4, 16)
-    (module.weight() * upstream).sum().backward()
+    (module.weight() * upstream).sum().backward()  # type: ignore[no-untyped-call]
     latent = (module.latent * module.unit).detach().double()
     for n in range(4):
         for g in range(2):
@@ -223,7 +232,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         plain = module.objective()
         short = dataclasses.replace(
             plain,
-            tokens=8_000,
+            tokens=5_000,
             generated=512 if plain.text else 4096,
             rounds=min(plain.rounds, 2),
         )
@@ -433,18 +442,45 @@ def test_only_what_belongs_to_the_blocks_trains(taught: Path, text: Calibration)
 
 def test_black_box_training_scores_the_teachers_words_only(taught: Path) -> None:
     windows = torch.zeros(2, 32, dtype=torch.int64)
-    corpus = make_corpus(
+    rows = make_corpus(
         dataclasses.replace(seq.objective(), generated=128), Checkpoint(taught), windows, seed=0
     )
-    assert corpus.rows.shape == (4, 32)
-    assert not bool(corpus.scored[:, -1].any())
-    assert bool(corpus.scored[:, :-1].all())
+    assert rows.rows.shape == (4, 32)
+    assert not bool(rows.scored[:, -1].any())
+    assert bool(rows.scored[:, :-1].all())
     mixed = make_corpus(
         dataclasses.replace(kl.objective(), generated=64), Checkpoint(taught), windows, seed=0
     )
     assert mixed.rows.shape == (4, 32)
     assert not bool(mixed.rows[:2].any())
     assert bool(mixed.scored.all())
+
+
+@pytest.mark.parametrize("damage", ["nothing", "torn", "altered"])
+def test_the_teachers_text_is_kept_for_other_trainings(
+    damage: str, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = torch.zeros(2, 32, dtype=torch.int64)
+    objective = dataclasses.replace(kl.objective(), generated=64)
+
+    def make(seed: int) -> Tensor:
+        return make_corpus(objective, Checkpoint(taught), windows, seed=seed, kept=tmp_path).rows
+
+    first, other = make(0), make(1)
+    assert not torch.equal(first, other)
+    assert len(list(tmp_path.iterdir())) == 2
+    for file in tmp_path.iterdir():
+        data = bytearray(file.read_bytes())
+        if damage == "torn":
+            file.write_bytes(data[: len(data) // 2])
+        elif damage == "altered":
+            data[-8] ^= 1
+            file.write_bytes(data)
+    made = []
+    plain = corpus.generate
+    monkeypatch.setattr(corpus, "generate", lambda *a, **k: made.append(1) or plain(*a, **k))
+    assert torch.equal(make(0), first)
+    assert len(made) == (0 if damage == "nothing" else 1)
 
 
 def test_half_of_an_on_policy_row_is_the_students(taught: Path, text: Calibration) -> None:
@@ -461,11 +497,11 @@ def test_half_of_an_on_policy_row_is_the_students(taught: Path, text: Calibratio
 def test_every_row_is_seen_before_any_is_seen_again(taught: Path, text: Calibration) -> None:
     sink = MemorySink()
     compress(Checkpoint(taught), Recipe.parse("depth-75"), sink=sink, calibration=text)
-    corpus = Corpus(text.tokens, torch.ones_like(text.tokens, dtype=torch.bool))
+    rows = Corpus(text.tokens, torch.ones_like(text.tokens, dtype=torch.bool))
     training = Training(
         Student(sink),
         Teacher(Checkpoint(taught)),
-        corpus,
+        rows,
         dataclasses.replace(kl.objective(), tokens=24 * 32 * 2),
         Pace(batch_tokens=8 * 32),
         seed=4,
