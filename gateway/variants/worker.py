@@ -19,6 +19,7 @@ from gateway.variants.spec import BuildSpec
 
 _PR_SET_PDEATHSIG = 1
 _NICEST = 19
+_M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 4 * 2**20  # bytes of a tensor that goes back when freed
 
 
 def main() -> int:
@@ -63,7 +64,10 @@ def _be_humble(nice: int, threads: int) -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        libc = ctypes.CDLL(None)
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if hasattr(libc, "mallopt"):  # glibc keeps freed tensors of every thread for itself
+            libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM)
 
 
 if __name__ == "__main__":
