@@ -67,8 +67,8 @@ def _quantize(form: LinearForm, weight: Tensor, step: Step, statistic: Any) -> L
     assert isinstance(form, (Sparse24, Bitmap))
     if statistic is None:
         return replace(form, values=_solve(form.values.dense(), step, None))
-    # Jointly with the pruning: what is dropped is repaired like a rounding error, unless the pruning
-    # has repaired it and moved the weights that stay.
+    # Jointly with the pruning: what is dropped is repaired like a rounding error, unless the
+    # pruning has repaired it and moved the weights that stay.
     mask, pruned = mask_of(form), form.dense()
     full = weight if torch.equal(pruned, weight * mask) else pruned
     return replace(form, values=_solve(full, step, statistic, form.values.shape[1], mask=mask))
