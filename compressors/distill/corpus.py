@@ -100,7 +100,7 @@ def _read(file: Path, vocabulary: int) -> Tensor | None:
         return None
     if blake3(rows.numpy().tobytes()).hexdigest() != digest:
         return None
-    return rows if 0 <= int(rows.min()) and int(rows.max()) < vocabulary else None
+    return rows if int(rows.min()) >= 0 and int(rows.max()) < vocabulary else None
 
 
 @torch.no_grad()
