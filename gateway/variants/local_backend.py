@@ -75,6 +75,7 @@ class LocalBackend:
         self._source = ""
         self._linear_share = 1.0
         self._shapes: Shapes | None = None
+        self._forecasts: dict[str, Forecast] = {}
         self._keys: dict[str, str] = {}
         self._known_cards: dict[str, Card] = {}  # asked for on every request
 
@@ -368,9 +369,14 @@ class LocalBackend:
         """Memory and time that building the level takes, from shapes."""
         if self._shapes is None:
             return Forecast(0, 0.0)
-        threads = self._shared.settings.build.threads
-        device = self._shared.runtime.device
-        return forecast(self._shapes, self._recipes[level], threads=threads, device=device)
+        if level not in self._forecasts:
+            self._forecasts[level] = forecast(
+                self._shapes,
+                self._recipes[level],
+                threads=self._shared.settings.build.threads,
+                device=self._shared.runtime.device,
+            )
+        return self._forecasts[level]
 
     async def report(self, level: str) -> dict[str, Any]:
         """What the job that made a stored level said of itself; empty when there is none."""

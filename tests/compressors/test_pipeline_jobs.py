@@ -94,7 +94,8 @@ def run(folder: Path, level: str, **options: Any) -> tuple[MemorySink, Any]:
 
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=CALIBRATION.tokens).logits.float()
+    out: Tensor = model(input_ids=CALIBRATION.tokens).logits.float()
+    return out
 
 
 def same(first: MemorySink, second: MemorySink) -> bool:
