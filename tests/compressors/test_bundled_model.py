@@ -83,9 +83,12 @@ def ratio() -> Ratio:
         ("int4-hqq-g128", "int4-rtn-g128", 0.95),
         ("int4-gptq-g128", "int4-rtn-g128", 0.7),
         ("int3-gptq-g128", "int3-rtn-g128", 0.6),
+        ("int3-hqq-g128", "int3-rtn-g128", 0.8),
+        ("int3-awq-g128", "int3-rtn-g128", 0.75),
+        ("int3-gptq-g128", "int3-awq-g128", 0.9),
+        ("int2-rot-g128", "int2-gptq-g128", 1.0),
         ("sparse24-wanda", "sparse24-magnitude", 0.93),
         ("sparse24-sparsegpt", "sparse24-wanda", 0.8),
-        ("width-75", "depth-75", 0.8),
         ("lowrank-80", "plain SVD at 80 %", 0.25),
     ],
 )
@@ -104,6 +107,6 @@ def test_two_nested_levels_are_as_good_as_levels_of_their_own(ratio: Ratio) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("level", "most"), [("int8", 1.005), ("depth-88", 1.6)])
+@pytest.mark.parametrize(("level", "most"), [("int8", 1.005), ("depth-88", 1.6), ("width-90", 1.4)])
 def test_a_mild_level_loses_little(level: str, most: float, ratio: Ratio) -> None:
     assert ratio(level) < most
