@@ -6,7 +6,7 @@ The only file that knows both torch dtypes and manifest records.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +162,25 @@ def export_artifact(
     model = CompressedModel(
         config=weights.config,
         tensors=weights.tensors,
-        forms={module: unpack(stored) for module, stored in weights.linears.items()},
+        forms=_Unpacked(weights.linears),
     )
     return write_packed(folder, model, form=form, tokenizer_from=tokenizer_from)
+
+
+class _Unpacked(Mapping[str, LinearForm]):
+    """Canonical forms of stored linears, made when asked for: one at a time in memory."""
+
+    def __init__(self, linears: Mapping[str, StoredLinear]) -> None:
+        self._linears = linears
+
+    def __getitem__(self, module: str) -> LinearForm:
+        return unpack(self._linears[module])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._linears)
+
+    def __len__(self) -> int:
+        return len(self._linears)
 
 
 def _tensor(artifact: Artifact, name: str, record: TensorRecord) -> Tensor:
