@@ -193,6 +193,7 @@ METHODS: dict[str, Method] = {
         True,
         priors.SMOOTHQUANT,
         spelled="name",
+        build_bytes_per_s=15e6,
     ),
     "w8a8-outlier": Method(
         "w8a8-outlier",
@@ -202,6 +203,7 @@ METHODS: dict[str, Method] = {
         True,
         priors.OUTLIER,
         spelled="name",
+        build_bytes_per_s=300e6,
     ),
     "fp8": Method(
         "fp8",

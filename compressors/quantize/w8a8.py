@@ -33,10 +33,10 @@ def solve(
 
 def round_rows(values: Tensor) -> tuple[Tensor, Tensor]:
     """Codes int8 [M, K] and steps float32 [M] of values [M, K]: eqs. 1 and 2 along each row."""
-    top = values.float().abs().amax(1)
+    low, high = values.float().aminmax(dim=1)
+    top = torch.maximum(-low, high)
     steps = torch.where(top > 0, top / LEVELS, torch.ones_like(top))
-    codes = torch.round(values.float() / steps.unsqueeze(1)).clamp_(-LEVELS, LEVELS)
-    return codes.to(torch.int8), steps
+    return values.div(steps.unsqueeze(1)).round_().to(torch.int8), steps
 
 
 def product(x: Tensor, form: Int8) -> Tensor:
