@@ -30,7 +30,7 @@ __all__ = ["accumulate", "empty", "solve"]
 POWERS = tuple(i / 20 for i in range(20))
 SHARES = tuple(1 - i / 20 for i in range(10))  # of a group's range that clipping leaves
 _TINY = 1e-4
-_ROWS = 1024  # of a weight that the power is chosen on
+_ROWS = 256  # of a weight that the power is chosen on
 _AT_ONCE = 2**22  # weights worked on at once: bounds the memory of temporaries
 
 
