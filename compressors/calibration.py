@@ -148,13 +148,14 @@ def generate(
     length: int,
     seed: int,
     device: torch.device | str = "cpu",
+    progress: Callable[[float], None] = lambda _share: None,
 ) -> Tensor:
     """Token windows [windows, length] sampled from the dense model, reproducible by `seed`.
 
     A window is several generations one after the other: many short ones in one batch cost far less
     than few long ones. Of each, the first token is drawn uniformly, the next few are the most
     likely ones, the rest are sampled from the full distribution. Weights are mapped, not copied,
-    on the CPU; the tokens are there wherever they were made.
+    on the CPU; the tokens are there wherever they were made. Raising from `progress` cancels.
     """
     model = build_skeleton(checkpoint.config)
     for name, stored in source_names(checkpoint, model).items():
@@ -169,10 +170,11 @@ def generate(
     first = torch.randint(
         int(config.vocab_size), (windows * per_window, 1), generator=generator, device=device
     )
-    parts = [
-        sample(model, part, segment, generator, greedy=_GREEDY_TOKENS)
-        for part in first.split(_AT_ONCE)  # type: ignore[no-untyped-call]
-    ]
+    parts, done = [], 0
+    for part in first.split(_AT_ONCE):  # type: ignore[no-untyped-call]
+        parts.append(sample(model, part, segment, generator, greedy=_GREEDY_TOKENS))
+        done += len(part)
+        progress(done / len(first))
     return torch.cat(parts).view(windows, per_window * segment)[:, :length].cpu().contiguous()
 
 

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -45,6 +47,7 @@ def make_corpus(
     seed: int,
     device: torch.device | str = "cpu",
     kept: Path | None = None,
+    progress: Callable[[float], None] = lambda _share: None,
 ) -> Corpus:
     """What `objective` trains on; `windows` int64 [n, length] is the calibration text.
 
@@ -56,7 +59,16 @@ def make_corpus(
         count = math.ceil(objective.generated / length)
         # Far from the seeds of the default texts, see `calibration.default_calibration`.
         size = (count, length, seed + 1_000_003)
-        parts.append(_written(checkpoint, size, torch.device(device), kept))
+        make = partial(
+            generate,
+            checkpoint,
+            windows=count,
+            length=length,
+            seed=size[2],
+            device=device,
+            progress=progress,
+        )
+        parts.append(_written(make, _file(checkpoint, size, device, kept), checkpoint))
     rows = torch.cat(parts)
     scored = torch.ones_like(rows, dtype=torch.bool)
     scored[:, -1] = objective.white_box
@@ -66,25 +78,32 @@ def make_corpus(
     return Corpus(rows, scored)
 
 
-def _written(
-    checkpoint: Checkpoint, size: tuple[int, int, int], device: torch.device, kept: Path | None
-) -> Tensor:
-    """Rows that the teacher wrote, int64 [n, length] for size (n, length, seed); read or made."""
-    count, length, seed = size
-    file = None
-    if kept is not None:
-        job = f"{checkpoint.source_digest} {size} {device.type} {torch.__version__}"
-        file = kept / f"written-{blake3(job.encode()).hexdigest()[:32]}.safetensors"
-        known = _read(file, int(checkpoint.config.get("vocab_size", 0)))
-        if known is not None:
-            return known
-    rows = generate(checkpoint, windows=count, length=length, seed=seed, device=device)
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        digest = blake3(rows.numpy().tobytes()).hexdigest()
-        save_file({"rows": rows}, temporary, {"digest": digest})
-        temporary.replace(file)
+def _file(
+    checkpoint: Checkpoint,
+    size: tuple[int, int, int],
+    device: torch.device | str,
+    kept: Path | None,
+) -> Path | None:
+    """Where rows of size (n, length, seed) are kept: they depend on all that is named here."""
+    if kept is None:
+        return None
+    kind = torch.device(device).type
+    job = f"{checkpoint.source_digest} {size} {kind} {torch.__version__}"
+    return kept / f"written-{blake3(job.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _written(make: Callable[[], Tensor], file: Path | None, checkpoint: Checkpoint) -> Tensor:
+    """Rows that the teacher wrote, int64 [n, length]: those in `file`, or made and kept there."""
+    if file is None:
+        return make()
+    known = _read(file, int(checkpoint.config.get("vocab_size", 0)))
+    if known is not None:
+        return known
+    rows = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    save_file({"rows": rows}, temporary, {"digest": blake3(rows.numpy().tobytes()).hexdigest()})
+    temporary.replace(file)
     return rows
 
 

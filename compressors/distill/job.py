@@ -135,7 +135,11 @@ class _Job:
         objective: Objective = METHODS[self.step.method].load()()
         device = self._host.device
         student = Student(before.sink, make=_maker(before), device=device)
-        self.say(_BEFORE, "the teacher writes text to train on")
+
+        def writes(share: float) -> None:
+            self.say(_BEFORE + (_TEXT - _BEFORE) * share, f"the teacher writes: {share:.0%}")
+
+        writes(0.0)
         corpus = make_corpus(
             objective,
             self._checkpoint,
@@ -143,6 +147,7 @@ class _Job:
             seed=self._seed,
             device=device,
             kept=self._host.texts,
+            progress=writes,
         )
         training = Training(
             student,
