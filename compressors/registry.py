@@ -233,7 +233,7 @@ METHODS: dict[str, Method] = {
         False,  # it looks at the text that a step before it needs
         {},
         follows=frozenset({"quantize", "sparse"}),
-        recovers=0.2,
+        recovers=0.17,
     ),
     "svd": Method("svd", "lowrank", "lowrank", f"{_LOWRANK}.svd:solve", True, priors.SVD),
     "kl": Method(
