@@ -22,9 +22,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from compressors.base import CompressionError
-from compressors.tensor import LinearForm
 from compressors.experts import expert_name, parts_of, unfuse
 from compressors.pages import drop_pages
+from compressors.tensor import LinearForm
 
 ALLOW_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _INDEX = "model.safetensors.index.json"

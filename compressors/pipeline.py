@@ -361,9 +361,7 @@ class _Job:
             for (name, _), layer in zip(names, layers, strict=True):
                 self._compressed(plan, rows[name], layer)
 
-    def _unreached(
-        self, plan: Plan, index: int, row: LinearPlan, methods: Sequence[str]
-    ) -> None:
+    def _unreached(self, plan: Plan, index: int, row: LinearPlan, methods: Sequence[str]) -> None:
         note = "calibration text never reached it: all its inputs were taken as alike"
         observer = Observer(methods, row.shape[1], self.device)
         observer.assume_all_alike()
