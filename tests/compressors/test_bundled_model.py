@@ -83,6 +83,8 @@ def ratio() -> Ratio:
         ("int4-hqq-g128", "int4-rtn-g128", 0.95),
         ("int4-gptq-g128", "int4-rtn-g128", 0.7),
         ("int3-gptq-g128", "int3-rtn-g128", 0.6),
+        ("int3-awq-g128", "int3-rtn-g128", 0.75),
+        ("int3-gptq-g128", "int3-awq-g128", 0.9),
         ("int3-hqq-g128", "int3-rtn-g128", 0.8),
         ("int3-awq-g128", "int3-rtn-g128", 0.75),
         ("int3-gptq-g128", "int3-awq-g128", 0.9),
