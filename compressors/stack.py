@@ -81,6 +81,10 @@ def _check_follows(step: Step, method: Method, before: tuple[Step, ...], name: s
             raise RecipeError(
                 f"{name!r}: {step.name} works on plain weights, not on what {earlier.name} leaves"
             )
+    if step.kind == "correct" and any(s.base for s in before):
+        raise RecipeError(
+            f"{name!r}: {step.name} corrects one precision, and nested weights have two"
+        )
     quantizer = next((i for i, s in enumerate(before) if s.kind == "quantize"), len(before))
     if step.kind == "correct" and any(METHODS[s.method].trains for s in before[quantizer:]):
         raise RecipeError(
