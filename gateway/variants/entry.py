@@ -18,7 +18,7 @@ _IDLE_STATS = EngineStats()
 
 @dataclass(slots=True)
 class Variant:
-    """One level of one model. Fields are changed by `VariantPool` only."""
+    """One level of one model. Fields are changed by `VariantPool` and its `Builder` only."""
 
     backend: Backend
     spec: LevelSpec
@@ -49,6 +49,11 @@ class Variant:
     def drop(self) -> None:
         """Forget the engine and what it held."""
         self.engine, self.held, self.resident_bytes = None, None, 0
+
+    def fail(self, why: str, now: float) -> None:
+        """The build or load under way failed at `now`."""
+        self.failed_in = self.state
+        self.state, self.error, self.failed_at = State.FAILED, why, now
 
     def facts(self, now: float) -> LevelFacts:
         """What deciders may know of it. A failure is over when it may be tried again."""

@@ -1,8 +1,9 @@
 """The pool: the one owner of every variant's state, memory and leases.
 
-Only this file moves a variant from one `State` to another. All mutation happens on the event loop
-between two awaits, so there are no locks: asking and acting are one step (`lease`). Work that takes
-time is a task per variant that later callers join. What to load or build is decided elsewhere.
+Only this file and `builder` move a variant from one `State` to another. All mutation happens on the
+event loop between two awaits, so there are no locks: asking and acting are one step (`lease`). Work
+that takes time is a task per variant that later callers join. What to load or build is decided
+elsewhere.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from contextlib import asynccontextmanager
 from gateway.engine.base import Engine, EngineFailed, TextCodec
 from gateway.errors import Conflict, NotFound, Overloaded, Unavailable
 from gateway.variants.backend import Backend
-from gateway.variants.card import Card
+from gateway.variants.builder import Builder
 from gateway.variants.entry import RETRY_FAILED_AFTER, Variant, reraise, weight_bytes
-from gateway.variants.jobs import BuildFailed, Job, JobBoard, JobState
+from gateway.variants.jobs import Job, JobBoard
 from gateway.variants.variant import LadderSnapshot, State
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,9 @@ class VariantPool:
         self._budget = memory_budget
         self._kv_budget = kv_budget
         self._kv_bytes = kv_bytes
-        self._board = JobBoard(max_jobs, on_job)
+        self._builder = Builder(JobBoard(max_jobs, on_job), self._made, clock)
         self._on_load = on_load
         self._clock = clock
-        self._build_turn = asyncio.Semaphore(1)  # one worker at a time: builds are heavy
         self._load_turn = asyncio.Lock()  # one load at a time, so that memory is counted once
         self._closing = False
         self._loaded_defaults = False
@@ -84,18 +84,19 @@ class VariantPool:
         for backend in self._backends.values():
             variant = self._variants[backend.model][backend.default_level]
             if not backend.card(backend.default_level).measured and variant.building is None:
-                await self._measure(variant)
+                await self._builder.measure(variant)
 
     async def build_missing(self, model: str) -> None:
         """Build every absent level of the ladder, one after the other; failures are left marked."""
         for variant in list(self._variants[model].values()):
             if variant.state is State.ABSENT:
-                task = self._ensure_build(variant, "prebuild")
+                task = self._builder.ensure(variant, "prebuild")
                 await asyncio.wait({task})
 
     async def close(self) -> None:
         """Stop builds and loads, free every engine."""
         self._closing = True
+        self._builder.close()
         for variant in self._all():
             for task in (variant.loading, variant.building, variant.unloading):
                 if task is not None:
@@ -158,10 +159,10 @@ class VariantPool:
         )
 
     def jobs(self) -> list[Job]:
-        return self._board.all()
+        return self._builder.board.all()
 
     def job(self, job_id: str) -> Job:
-        return self._board.get(job_id)
+        return self._builder.board.get(job_id)
 
     # -- acts -------------------------------------------------------------------------------
 
@@ -195,9 +196,9 @@ class VariantPool:
         variant = self._variant(model, level)
         if not variant.needs_build:
             raise Conflict(f"{variant.name} is {variant.state} already", param="level")
-        self._ensure_build(variant, reason)
+        self._builder.ensure(variant, reason)
         assert variant.job_id is not None
-        return self._board.get(variant.job_id)
+        return self._builder.board.get(variant.job_id)
 
     async def wait_ready(self, model: str, level: str, timeout_s: float) -> None:
         """Wait until a level that is building or loading is ready.
@@ -241,6 +242,10 @@ class VariantPool:
                 variant.state, variant.error = State.STORED, None
 
     # -- inside -----------------------------------------------------------------------------
+
+    def _made(self, variant: Variant) -> None:
+        """An artifact was built: other levels that live in it can be loaded too."""
+        self.learned(variant.backend.model, (v.spec.level for v in self._alike(variant)))
 
     def _all(self) -> Iterable[Variant]:
         return [v for variants in self._variants.values() for v in variants.values()]
@@ -302,7 +307,7 @@ class VariantPool:
             if not done:
                 raise Unavailable(
                     f"{variant.name} is {variant.state} and was not ready in {wait_s:.0f} s",
-                    retry_after=self._eta(variant),
+                    retry_after=self._builder.ready_in(variant),
                 )
             reraise(task, variant.name)
 
@@ -318,77 +323,11 @@ class VariantPool:
         if variant.unloading is not None:
             return variant.unloading
         if variant.needs_build:
-            return self._ensure_build(variant, "requested")
+            return self._builder.ensure(variant, "requested")
         if variant.loading is None:
             variant.state = State.LOADING
             variant.loading = asyncio.create_task(self._load(variant), name=f"load {variant.name}")
         return variant.loading
-
-    def _eta(self, variant: Variant) -> float:
-        card: Card = variant.backend.card(variant.spec.level)
-        if variant.state is not State.BUILDING or variant.job_id is None:
-            return max(1.0, card.load_seconds)
-        job = self._board.get(variant.job_id)
-        return max(1.0, card.build_seconds * (1.0 - job.progress))
-
-    def _ensure_build(self, variant: Variant, reason: str) -> asyncio.Task[None]:
-        if variant.building is None:
-            if self._closing:
-                raise Unavailable("the gateway is shutting down", retry_after=5.0)
-            job = self._board.open(variant.backend.model, variant.spec.level)
-            log.info("building %s (%s)", variant.name, reason)
-            variant.state, variant.job_id, variant.error = State.BUILDING, job.id, None
-            variant.building = asyncio.create_task(
-                self._build(variant, job.id), name=f"build {variant.name}"
-            )
-        return variant.building
-
-    async def _build(self, variant: Variant, job_id: str) -> None:
-        try:
-            async with self._build_turn:
-                self._board.start(job_id)
-                await variant.backend.build(
-                    variant.spec.level,
-                    lambda share, message: self._board.progress(job_id, share, message),
-                )
-            self._board.finish(job_id, JobState.DONE)
-            variant.state = State.STORED
-            self.learned(variant.backend.model, (v.spec.level for v in self._alike(variant)))
-        except asyncio.CancelledError:
-            self._board.finish(job_id, JobState.CANCELLED)
-            variant.state = State.ABSENT
-            raise
-        except BuildFailed as error:
-            self._board.finish(job_id, JobState.FAILED, str(error))
-            self._mark_failed(variant, str(error))
-            raise
-        except Exception as error:
-            log.exception("building %s", variant.name)
-            self._board.finish(job_id, JobState.FAILED, "internal error; see the log")
-            self._mark_failed(variant, "internal error; see the log")
-            raise BuildFailed("internal error; see the log") from error
-        finally:
-            variant.building = None
-
-    async def _measure(self, variant: Variant) -> None:
-        """Make the card of a level that serves already; it keeps serving on an estimate if not."""
-        job = self._board.open(variant.backend.model, variant.spec.level)
-        state = JobState.CANCELLED
-        error: str | None = None
-        try:
-            # Not in the builds' queue: nobody waits for this, and nobody should wait behind it.
-            self._board.start(job.id)
-            await variant.backend.build(
-                variant.spec.level,
-                lambda share, message: self._board.progress(job.id, share, message),
-            )
-            state = JobState.DONE
-        except Exception as failure:
-            # Whatever it was, the level serves on; its card stays an estimate.
-            state, error = JobState.FAILED, str(failure)
-            log.warning("measuring %s failed: %s", variant.name, failure)
-        finally:
-            self._board.finish(job.id, state, error)
 
     async def _load(self, variant: Variant) -> None:
         try:
@@ -416,7 +355,7 @@ class VariantPool:
         except Exception as error:
             log.exception("loading %s", variant.name)
             variant.resident_bytes = 0
-            self._mark_failed(variant, f"{type(error).__name__} while loading")
+            variant.fail(f"{type(error).__name__} while loading", self._clock())
             raise
         finally:
             variant.loading = None
@@ -484,7 +423,3 @@ class VariantPool:
         variant.state, variant.error = State.STORED, why
         closing = asyncio.get_running_loop().create_task(engine.close())
         closing.add_done_callback(lambda task: task.cancelled() or task.exception())
-
-    def _mark_failed(self, variant: Variant, why: str) -> None:
-        variant.failed_in = variant.state
-        variant.state, variant.error, variant.failed_at = State.FAILED, why, self._clock()
