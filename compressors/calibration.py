@@ -19,7 +19,8 @@ from blake3 import blake3
 from torch import Tensor
 
 from compressors.base import CompressionError
-from compressors.model import Checkpoint, build_skeleton, set_tensor, source_names
+from compressors.checkpoint import Checkpoint
+from compressors.model import build_skeleton, set_tensor, source_names
 
 Tokenize = Callable[[str], list[int]]
 WINDOWS, LENGTH = 64, 512

@@ -13,10 +13,10 @@ from torch import nn
 
 from compressors.base import CompressionError
 from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
 from compressors.forecast import Shapes
 from compressors.lowrank.svd import rank_of
 from compressors.model import (
-    Checkpoint,
     build_skeleton,
     decoder_blocks,
     linears,

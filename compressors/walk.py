@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from compressors.base import CompressionError
+from compressors.checkpoint import Checkpoint
 from compressors.experts import Routed
-from compressors.model import Blocks, Checkpoint, set_tensor
+from compressors.model import Blocks, set_tensor
 from compressors.parallel import Lanes
 
 BATCH_TOKENS = 4096

@@ -288,7 +288,7 @@ async def _backend(model: Model, names: tuple[str, ...], shared: Shared) -> Back
         raise ConfigError(f"levels: {error}", param="levels") from None
     if model.fake is not None or model.path == "fake":
         return FakeBackend(model, names)
-    from compressors.model import CheckpointError, resolve
+    from compressors.checkpoint import CheckpointError, resolve
 
     try:
         path = BUILTIN if model.path == "builtin" else model.path

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressors.calibration import SEGMENT, generate, sample
+from compressors.checkpoint import Checkpoint
 from compressors.distill.compute import computing
 from compressors.distill.objective import Objective
 from compressors.distill.student import Student
-from compressors.model import Checkpoint
 
 _AT_ONCE = 256  # segments that the student continues in one batch
 

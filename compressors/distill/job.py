@@ -24,6 +24,7 @@ from torch import Tensor
 
 from compressors.base import CompressionError, LayerReport, ProgressFn, Report, Sink
 from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
 from compressors.distill.corpus import make_corpus
 from compressors.distill.objective import Objective
 from compressors.distill.state import TrainingState
@@ -32,7 +33,6 @@ from compressors.distill.teacher import Teacher
 from compressors.distill.train import Pace, Training
 from compressors.distill.trainable import TrainedWeight, moved, trained
 from compressors.memory import MemorySink
-from compressors.model import Checkpoint
 from compressors.plan import check_calibration, open_source
 from compressors.quantize.qat import FakeQuantized
 from compressors.recipe import Recipe

@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from compressors.checkpoint import Checkpoint
 from compressors.distill.compute import computing
-from compressors.model import Checkpoint
 from compressors.plan import open_source
 from compressors.walk import Walk
 

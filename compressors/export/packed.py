@@ -14,8 +14,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from compressors.base import CompressionError, Sink
+from compressors.checkpoint import Checkpoint
 from compressors.export.model import CollectingSink, CompressedModel
-from compressors.model import Checkpoint, build_skeleton, linears, weight_of
+from compressors.model import build_skeleton, linears, weight_of
 from compressors.tensor import LinearForm
 
 
@@ -33,8 +34,8 @@ class PackedCheckpoint(ABC):
 
     Raises (on construction):
         FormatError: settings that cannot be read, or tensors that the architecture has no place
-            for. compressors.model.CheckpointError: broken or pickle-only files, unknown
-            architecture.
+            for.
+        compressors.checkpoint.CheckpointError: broken or pickle-only files, unknown architecture.
     """
 
     parts: ClassVar[tuple[str, ...]]

@@ -85,7 +85,7 @@ class GptqCheckpoint(PackedCheckpoint):
 
     Raises (on construction):
         GptqFormatError: no GPTQ checkpoint, or tensors that the architecture has no place for.
-        compressors.model.CheckpointError: broken or pickle-only files, unknown architecture.
+        compressors.checkpoint.CheckpointError: broken or pickle-only files, unknown architecture.
     """
 
     parts = ("qweight", "qzeros", "scales", "g_idx")
@@ -142,7 +142,7 @@ def read_gptq(folder: str | Path) -> CompressedModel:
 
     Raises:
         GptqFormatError: not a GPTQ checkpoint, or malformed; the message names the tensor.
-        compressors.model.CheckpointError: broken or pickle-only files, unknown architecture.
+        compressors.checkpoint.CheckpointError: broken or pickle-only files, unknown architecture.
     """
     return GptqCheckpoint(folder).read()
 

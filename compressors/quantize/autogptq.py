@@ -21,15 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from compressors.base import CompressionError, LayerReport, ProgressFn, Report, Sink
+from compressors.checkpoint import Checkpoint
 from compressors.export.autogptq_format import BITS, WORD
 from compressors.export.reader import GptqCheckpoint
-from compressors.model import (
-    Checkpoint,
-    build_skeleton,
-    is_transposed,
-    parse_config,
-    source_names,
-)
+from compressors.model import build_skeleton, is_transposed, parse_config, source_names
 from compressors.quantize import autogptq_compat
 from compressors.recipe import Step
 from compressors.tensor import Grouped

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressors.calibration import Calibration, Tokenize, default_evaluation, from_file
-from compressors.model import Checkpoint
+from compressors.checkpoint import Checkpoint
 
 LENGTH = 512
 WINDOWS = 32

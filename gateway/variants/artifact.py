@@ -16,11 +16,12 @@ from torch import Tensor
 from cache.artifact import Artifact
 from cache.manifest import ModuleRecord, TensorRecord
 from cache.writer import ArtifactWriter
+from compressors.checkpoint import Checkpoint
 from compressors.export.formats import open_packed, write_packed
 from compressors.export.model import CompressedModel
 from compressors.export.packed import FormatError
 from compressors.kv_scheme import scheme_of
-from compressors.model import Checkpoint, build_skeleton, source_names
+from compressors.model import build_skeleton, source_names
 from compressors.recipe import Recipe
 from compressors.tensor import LinearForm, StoredLinear
 from gateway.engine.kernels.nested import child_of

@@ -19,9 +19,10 @@ import torch
 from cache.disk import DiskStore, EventFn
 from cache.manifest import Manifest
 from compressors.base import CompressionError
+from compressors.checkpoint import Checkpoint
 from compressors.experts import active_share
 from compressors.forecast import forecast, refusal
-from compressors.model import Checkpoint, build_skeleton, torch_dtype
+from compressors.model import build_skeleton, torch_dtype
 from compressors.pages import free_memory
 from compressors.pipeline import Host, compress
 from compressors.plan import shapes_of

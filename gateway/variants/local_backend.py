@@ -34,8 +34,8 @@ from gateway.variants.spec import BuildSpec
 
 if TYPE_CHECKING:
     from cache.artifact import Artifact
+    from compressors.checkpoint import Checkpoint
     from compressors.export.packed import PackedCheckpoint
-    from compressors.model import Checkpoint
     from gateway.engine.runner import VariantWeights
     from gateway.engine.upstream import UpstreamEngine
 
@@ -88,14 +88,9 @@ class LocalBackend:
 
     def _open(self) -> None:
         from compressors.base import CompressionError
+        from compressors.checkpoint import Checkpoint
         from compressors.export.formats import open_packed
-        from compressors.model import (
-            Checkpoint,
-            block_share,
-            build_skeleton,
-            parse_config,
-            source_names,
-        )
+        from compressors.model import block_share, build_skeleton, parse_config, source_names
         from compressors.plan import shapes_of
 
         try:

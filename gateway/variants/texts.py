@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compressors.base import CompressionError
 from compressors.calibration import Calibration, default_calibration, from_file
-from compressors.model import Checkpoint
+from compressors.checkpoint import Checkpoint
 from gateway.engine.tokenizer import load_tokenizer
 from gateway.quality.text import LENGTH, context_length, held_out
 from gateway.variants.spec import BuildSpec

@@ -25,9 +25,10 @@ from transformers import (
 import gateway
 from compressors.base import CompressionError, Report
 from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
 from compressors.export.model import CollectingSink
 from compressors.export.writer import write_gptq
-from compressors.model import Checkpoint, weight_of
+from compressors.model import weight_of
 from compressors.pipeline import compress
 from compressors.quantize import autogptq_compat
 from compressors.quantize.autogptq import AutoGptqSettings, build

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 import gateway
 from compressors.calibration import default_calibration, default_evaluation
+from compressors.checkpoint import Checkpoint
 from compressors.forms.nested import Nested
 from compressors.lowrank import svd
 from compressors.memory import MemorySink, materialize
-from compressors.model import Checkpoint, set_tensor
+from compressors.model import set_tensor
 from compressors.pipeline import compress
 from compressors.recipe import Recipe
 

@@ -18,7 +18,7 @@ from compressors.calibration import (
     generate,
     topics_text,
 )
-from compressors.model import Checkpoint
+from compressors.checkpoint import Checkpoint
 
 MakeCheckpoint = Callable[..., Path]
 

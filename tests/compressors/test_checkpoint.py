@@ -14,13 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compressors import model as models
+from compressors.checkpoint import Checkpoint, CheckpointError, resolve
 from compressors.model import (
-    Checkpoint,
-    CheckpointError,
     build_skeleton,
     decoder_blocks,
     linears,
-    resolve,
     set_tensor,
     source_names,
     weight_of,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from compressors.base import CompressionError
 from compressors.calibration import Calibration, generate
+from compressors.checkpoint import Checkpoint
 from compressors.distill import corpus, job, kl, rkl, seq, train
 from compressors.distill.corpus import Corpus, make_corpus, own_text
 from compressors.distill.losses import cross_entropy, forward_kl, reverse_kl
@@ -25,7 +26,6 @@ from compressors.distill.trainable import trained
 from compressors.forms.rotated import Rotated
 from compressors.forms.scaled import Scaled
 from compressors.memory import MemorySink, materialize
-from compressors.model import Checkpoint
 from compressors.pipeline import Host, compress
 from compressors.prune.magnitude import solve as magnitude
 from compressors.quantize import rtn

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compressors.checkpoint import Checkpoint
 from compressors.kv_scheme import KVScheme, channel_groups, scheme_of
 from compressors.memory import MemorySink
-from compressors.model import Checkpoint
 from compressors.pipeline import compress
 from compressors.quantize import kv
 from compressors.recipe import Recipe, RecipeError

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from compressors import gram
 from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
 from compressors.forms.corrected import Corrected
 from compressors.lowrank import lorc
 from compressors.memory import MemorySink
-from compressors.model import Checkpoint
 from compressors.pipeline import compress
 from compressors.quantize import rtn
 from compressors.recipe import Recipe, RecipeError

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from compressors import gram
 from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
 from compressors.forms.nested import Nested
 from compressors.memory import MemorySink
-from compressors.model import Checkpoint
 from compressors.pipeline import compress
 from compressors.quantize import gptq, hqq, nested, rtn
 from compressors.recipe import Recipe

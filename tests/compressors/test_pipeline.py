@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from compressors import gram, pipeline
 from compressors.base import CompressionError
 from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
 from compressors.memory import MemorySink, materialize
-from compressors.model import Checkpoint, decoder_blocks, linears, weight_of
+from compressors.model import decoder_blocks, linears, weight_of
 from compressors.pipeline import compress
 from compressors.plan import Plan, make_plan
 from compressors.quantize import gptq

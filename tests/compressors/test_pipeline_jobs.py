@@ -14,10 +14,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from compressors.base import Milestone
 from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
 from compressors.experts import Routed
 from compressors.forecast import forecast, refusal
 from compressors.memory import MemorySink, materialize
-from compressors.model import Checkpoint, linears
+from compressors.model import linears
 from compressors.parallel import Lanes
 from compressors.pipeline import Host, compress
 from compressors.plan import open_source, shapes_of

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compressors.base import CompressionError
+from compressors.checkpoint import Checkpoint
 from compressors.memory import materialize
-from compressors.model import Checkpoint, decoder_blocks
+from compressors.model import decoder_blocks
 from compressors.prune import width
 from compressors.recipe import Recipe, RecipeError
 from gateway.engine.kernels.store import pack

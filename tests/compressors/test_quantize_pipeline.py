@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
 from compressors.forms.rotated import Rotated
 from compressors.memory import MemorySink, materialize
-from compressors.model import Checkpoint
 from compressors.pipeline import compress
 from compressors.recipe import Recipe
 from compressors.tensor import Grouped, LinearForm

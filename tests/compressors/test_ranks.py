@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from compressors import gram
 from compressors.base import CompressionError
 from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
 from compressors.lowrank import svd
 from compressors.lowrank.sensitivity import allocate, direction_losses
 from compressors.memory import MemorySink, materialize
-from compressors.model import Checkpoint, linears, weight_of
+from compressors.model import linears, weight_of
 from compressors.pipeline import compress
 from compressors.plan import make_plan, open_source
 from compressors.ranks import share_ranks

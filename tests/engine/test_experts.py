@@ -11,8 +11,8 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from compressors.calibration import Calibration
+from compressors.checkpoint import Checkpoint
 from compressors.memory import MemorySink, materialize
-from compressors.model import Checkpoint
 from compressors.pipeline import compress
 from compressors.recipe import Recipe
 from gateway.engine.core import Job

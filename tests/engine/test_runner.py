@@ -9,7 +9,8 @@ import psutil
 import pytest
 import torch
 
-from compressors.model import Checkpoint, linears, weight_of
+from compressors.checkpoint import Checkpoint
+from compressors.model import linears, weight_of
 from compressors.tensor import Dense, Grouped, LinearForm
 from gateway.config import BUILTIN
 from gateway.engine.core import Core, Job, LocalOptions

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from compressors.base import CompressionError
+from compressors.checkpoint import Checkpoint
 from compressors.forms.table import Table
 from compressors.memory import MemorySink, materialize
-from compressors.model import Checkpoint
 from compressors.pipeline import compress
 from compressors.quantize import embed
 from compressors.recipe import Recipe

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 import gateway
 from compressors.base import CompressionError
 from compressors.calibration import default_calibration
-from compressors.model import Checkpoint
+from compressors.checkpoint import Checkpoint
 from gateway.quality.text import held_out
 
 FOLDER = Path(gateway.__file__).parent / "builtin" / "docs-17m"

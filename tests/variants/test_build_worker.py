@@ -10,8 +10,8 @@ from blake3 import blake3
 from cache.disk import DiskStore
 from cache.manifest import Manifest
 from compressors.base import CompressionError
+from compressors.checkpoint import Checkpoint
 from compressors.forecast import forecast
-from compressors.model import Checkpoint
 from compressors.plan import open_source, shapes_of
 from compressors.recipe import Recipe
 from gateway.variants import build

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from cache.keys import variant_key
-from compressors.model import Checkpoint
+from compressors.checkpoint import Checkpoint
 from gateway.config import BUILTIN
 from gateway.engine.tokenizer import load_tokenizer
 from gateway.variants.spec import BuildSpec

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import gateway
+from compressors.checkpoint import Checkpoint
 from compressors.export.formats import open_packed, write_packed
 from compressors.export.model import CompressedModel
 from compressors.memory import MemorySink, materialize
-from compressors.model import Checkpoint
 from compressors.pipeline import compress
 from compressors.recipe import Recipe
 
