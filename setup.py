@@ -14,7 +14,10 @@ setup(
         Extension(
             "gateway.engine.kernels._native",
             sources=[f"{KERNELS}/native.cpp"],
-            depends=[f"{KERNELS}/{name}.h" for name in ("common", "grouped", "int8", "bf16", "float8", "kv")],
+            depends=[
+                f"{KERNELS}/{name}.h"
+                for name in ("common", "grouped", "int8", "bf16", "float8", "kv")
+            ],
             language="c++",
             extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fopenmp"],
             extra_link_args=["-fopenmp"],

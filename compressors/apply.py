@@ -34,8 +34,8 @@ def compress_linear(
 ) -> LinearForm:
     """Apply `steps` to weight [N, K] (float32); values left unquantized come out in `dtype`.
 
-    The form lies on the CPU, wherever the weight did. `given` is the form that the weight stands for
-    already, where earlier steps made one.
+    The form lies on the CPU, wherever the weight did. `given` is the form that the weight stands
+    for already, where earlier steps made one.
 
     Raises:
         ValueError: the weight or a statistic is not finite.

@@ -20,7 +20,8 @@ _ACTIVATIONS = 6  # tensors [tokens, widest] of a batch alive at once
 _FIXED = 48 * 2**20  # allocator, buffers of files being written
 _TRAINED = 24  # bytes per weight: float32, gradient, two moments, the compressed and dense weight
 _LOGITS = 2**24 * 40  # bytes of logits of a step, both models', and what the loss makes of them
-_CUDA_GAIN = 40.0  # seconds on a CPU core ÷ seconds on a GPU: measured on an H200, GPTQ and HQQ
+# Seconds on a CPU core ÷ seconds on a GPU: a guess. Methods differ widely, and so do GPUs.
+_CUDA_GAIN = 40.0
 _WALK_FLOPS = 60e9  # multiply-adds ×2 per second and core
 
 

@@ -2,9 +2,9 @@
 
 Priors: perplexity ratio, KL, top-1 agreement. Measured with these methods on a small trained
 Llama (17M parameters, the bundled model; 48 windows of 512 tokens of held-out text, 16 for width,
-SparseGPT, 4:8 and 50 %), which is the hard case: larger models lose less. The order of methods agrees with the published one (GPTQ
-arXiv:2210.17323 table 3, HQQ blog table 1, Wanda arXiv:2306.11695 table 3, SVD-LLM
-arXiv:2403.07378 table 1, ShortGPT arXiv:2403.03853 table 2).
+SparseGPT, 4:8 and 50 %), which is the hard case: larger models lose less. The order of methods
+agrees with the published one (GPTQ arXiv:2210.17323 table 3, HQQ blog table 1, Wanda
+arXiv:2306.11695 table 3, SVD-LLM arXiv:2403.07378 table 1, ShortGPT arXiv:2403.03853 table 2).
 """
 
 from __future__ import annotations

@@ -90,23 +90,30 @@ def solve(
         scales, zeros = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
         codes = sweep.codes[place].t().contiguous()
         return Grouped(codes, scales, zeros, bits, group, (place // group).to(torch.int32))
-    kept = weight if mask is None else weight[mask].view(len(weight), -1)
-    if grid is not None:
-        scales, zeros = grid
-    elif settings.search:
-        counts = energy.expand(weight.shape) if mask is not None else energy[None]
-        counts = counts if mask is None else counts[mask].view(kept.shape)
-        scales, zeros = rtn.fitted_grid(kept, bits, group, symmetric, counts)
-    else:
-        scales, zeros = rtn.grid(*rtn.group_range(kept, group), bits, symmetric)
+    if grid is None:
+        counts = _kept(energy[None], mask) if settings.search else None
+        grid = _own_grid(_kept(weight, mask), counts, bits, group, symmetric)
+    scales, zeros = grid
     sweep = _Sweep(work, factor, bits, None if mask is None else mask.t()[order].contiguous())
     s, z = (_by_column(part, group, mask, order) for part in (scales, zeros))
     for block in _pieces(0, len(order), settings.block):
         sweep.columns(block, s[block], z[block])
-    codes = sweep.codes[place].t().contiguous()
-    if mask is not None:
-        codes = codes[mask].view(kept.shape)
+    codes = _kept(sweep.codes[place].t().contiguous(), mask)
     return Grouped(codes, scales, zeros, bits, group)
+
+
+def _kept(values: Tensor, mask: Tensor | None) -> Tensor:
+    """What `mask` keeps of values [N or 1, K], as [N, kept]; the values themselves without one."""
+    return values if mask is None else values.expand(mask.shape)[mask].view(len(mask), -1)
+
+
+def _own_grid(
+    weight: Tensor, counts: Tensor | None, bits: int, group: int, symmetric: bool
+) -> _Grid:
+    """Grids fitted to weight [N, k], whose errors count as `counts` say; spanning it without."""
+    if counts is None:
+        return rtn.grid(*rtn.group_range(weight, group), bits, symmetric)
+    return rtn.fitted_grid(weight, bits, group, symmetric, counts)
 
 
 def _by_column(grid: Tensor, group: int, mask: Tensor | None, order: Tensor) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from compressors.forms.corrected import Corrected
 from compressors.forms.float8 import Float8
 from compressors.forms.int8 import Int8
-from compressors.forms.corrected import Corrected
 from compressors.forms.nested import Nested
 from compressors.forms.outlier import Outlier
 from compressors.forms.scaled import Scaled
