@@ -18,9 +18,7 @@ from cache.disk import Event
 from cache.errors import CacheError
 from cache.keys import variant_key
 from cache.lock import Claim
-from compressors.estimate import estimate
-from compressors.forecast import Forecast, Shapes, forecast
-from compressors.kv_scheme import scheme_of
+from compressors.forecast import Forecast
 from compressors.recipe import Recipe
 from gateway.config import Model, Upstream
 from gateway.engine.base import TextCodec
@@ -28,6 +26,7 @@ from gateway.engine.tokenizer import Tokenizer, load_tokenizer
 from gateway.errors import InvalidRequest, ModelError
 from gateway.variants.backend import LevelSpec, Loaded, ProgressFn
 from gateway.variants.card import Card
+from gateway.variants.expected import Anatomy, Expectations
 from gateway.variants.jobs import BuildFailed, run_worker
 from gateway.variants.shared import Shared
 from gateway.variants.spec import BuildSpec
@@ -41,9 +40,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TEXT = "default-v1"  # stands for the default calibration text in artifact keys
 _NATIVE_LEVELS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-_ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_BUILD_OVERHEAD_S = 15.0  # of every worker: to start, and to measure the card
-_PACE = (0.1, 30.0)  # bounds on what this host takes ÷ what was forecast
 _CHILD = "@"  # in the key of its card, after the artifact's
 
 
@@ -59,7 +55,6 @@ class LocalBackend:
         self.model = model.id
         self.default_level = ""
         self.context_length = 0
-        self._kv_heads, self._head_dim = 0, 0
         self._calibration = ""
         self.max_running = shared.settings.engine.max_num_seqs
         self._options = model
@@ -73,9 +68,8 @@ class LocalBackend:
         self._checkpoint: Checkpoint | None = None
         self._tokenizer: Tokenizer | None = None
         self._source = ""
-        self._linear_share = 1.0
-        self._shapes: Shapes | None = None
-        self._forecasts: dict[str, Forecast] = {}
+        self._anatomy: Anatomy | None = None
+        self._expected: Expectations | None = None
         self._keys: dict[str, str] = {}
         self._known_cards: dict[str, Card] = {}  # asked for on every request
 
@@ -100,11 +94,11 @@ class LocalBackend:
             parsed = parse_config(config)
             self._tokenizer = load_tokenizer(self._folder)
             skeleton = build_skeleton(config)
-            self._linear_share = block_share(skeleton)
             self._source = self._checkpoint.source_digest
+            shapes = None
             if self._imported is None:  # every parameter must be there, in its shape
                 source_names(self._checkpoint, skeleton)
-                self._shapes = shapes_of(skeleton, next(skeleton.parameters()).element_size())
+                shapes = shapes_of(skeleton, next(skeleton.parameters()).element_size())
             else:
                 self.default_level = self._imported.level
         except CompressionError as error:
@@ -116,12 +110,22 @@ class LocalBackend:
             self.default_level = self._native
         else:  # it comes compressed and is one level; there is no dense model to make others of
             self._names = ()
-        self.context_length = _context_length(text_config)
-        self._kv_heads, self._head_dim = _kv_heads(text_config), _head_dim(text_config)
+        self._anatomy = Anatomy.of(text_config)
+        self.context_length = self._anatomy.context_length
         self._calibration = self._calibration_digest()
         names = (self.default_level, *self._names)
         self._recipes = {name: Recipe.parse(name) for name in names}
         self._keys = {name: self._key(recipe) for name, recipe in self._recipes.items()}
+        self._expected = Expectations(
+            shapes,
+            self._native,
+            self._checkpoint.total_bytes,
+            block_share(skeleton),
+            self._recipes,
+            self._measured,
+            self._shared.settings.build.threads,
+            self._shared.runtime.device,
+        )
         self._shared.cards.listen(lambda key: self._known_cards.clear())
 
     # -- facts ------------------------------------------------------------------------------
@@ -173,21 +177,21 @@ class LocalBackend:
         if level in self._upstream:
             return Card(perplexity_ratio=self._upstream[level].perplexity_ratio)
         if level not in self._known_cards:
-            measured = self._shared.cards.get(self._card_key(level))
-            complete = measured is not None and measured.decode_tokens_per_s
-            self._known_cards[level] = (
-                measured if measured is not None and complete else self._expected(level, measured)
-            )
+            assert self._expected is not None
+            card = self._measured(level)
+            if card is None or not card.decode_tokens_per_s:
+                card = self._expected.card(level, card, self._measured(self.default_level))
+            self._known_cards[level] = card
         return self._known_cards[level]
+
+    def _measured(self, level: str) -> Card | None:
+        return self._shared.cards.get(self._card_key(level))
 
     def kv_bytes_per_token(self, level: str) -> int:
         if level in self._upstream:
             return 0
-        scheme = scheme_of(self._recipes[level])
-        if scheme is not None:
-            block = scheme.block_bytes(self._kv_heads, self._head_dim, self._head_dim)
-            return -(-block // scheme.group)
-        return 2 * self._kv_heads * self._head_dim * _ITEM_BYTES[self._compute_dtype(level)]
+        assert self._anatomy is not None
+        return self._anatomy.kv_bytes_per_token(self._recipes[level], self._compute_dtype(level))
 
     def load_bytes(self, level: str) -> int:
         if level in self._upstream:
@@ -362,66 +366,13 @@ class LocalBackend:
 
     def forecast(self, level: str) -> Forecast:
         """Memory and time that building the level takes, from shapes."""
-        if self._shapes is None:
-            return Forecast(0, 0.0)
-        if level not in self._forecasts:
-            self._forecasts[level] = forecast(
-                self._shapes,
-                self._recipes[level],
-                threads=self._shared.settings.build.threads,
-                device=self._shared.runtime.device,
-            )
-        return self._forecasts[level]
+        assert self._expected is not None
+        return self._expected.forecast(level)
 
     async def report(self, level: str) -> dict[str, Any]:
         """What the job that made a stored level said of itself; empty when there is none."""
         manifest = await self._shared.store.manifest(self.key(level))
         return {} if manifest is None else manifest.report
-
-    def _pace(self) -> float:
-        """What builds of this model take on this host ÷ what was forecast; the middle of all."""
-        known = sorted(
-            card.build_seconds / self.forecast(level).seconds
-            for level in self._recipes
-            if (card := self._shared.cards.get(self._card_key(level))) is not None
-            and card.build_seconds
-            and self.forecast(level).seconds
-        )
-        return min(max(known[len(known) // 2], _PACE[0]), _PACE[1]) if known else 1.0
-
-    def _expected(self, level: str, elsewhere: Card | None) -> Card:
-        """An estimate from the method's published behaviour and this host's dense card."""
-        assert self._checkpoint is not None
-        recipe = self._recipes[level]
-        expected = estimate(recipe, linear_share=self._linear_share)
-        # The estimate is against 16-bit weights.
-        ratio = expected.size_ratio * 2 / _ITEM_BYTES[self._native]
-        if self._imported is not None:
-            ratio = 1.0
-        size = int(self._checkpoint.total_bytes * ratio)
-        facts: dict[str, Any] = {
-            "stored_bytes": size,
-            "resident_bytes": size,
-            "compression_ratio": 1.0 / ratio,
-            "perplexity_ratio": expected.perplexity_ratio,
-            "kl_nats": expected.kl_nats,
-            "top1_agreement": expected.top1_agreement,
-            "build_seconds": _BUILD_OVERHEAD_S + self.forecast(level).seconds * self._pace(),
-        }
-        if self._imported is not None:  # it is the best there is: its own reference
-            facts |= {"perplexity_ratio": 1.0, "kl_nats": 0.0, "top1_agreement": 1.0}
-        if elsewhere is not None:
-            facts |= elsewhere.model_dump(exclude_defaults=True)
-        dense = self._shared.cards.get(self.key(self.default_level))
-        if dense is not None:
-            # Fewer layers are surely faster; what a kernel gains is known when it was timed here.
-            depth = recipe.step("depth")
-            gain = 100 / depth.percent if depth is not None else 1.0
-            facts["prefill_tokens_per_s"] = dense.prefill_tokens_per_s * gain
-            facts["decode_tokens_per_s"] = {
-                batch: rate * gain for batch, rate in dense.decode_tokens_per_s.items()
-            }
-        return Card(**facts | {"measured": False})
 
 
 def _part(on_progress: ProgressFn, done: int, total: int) -> ProgressFn:
@@ -434,24 +385,3 @@ def _upstream_engine(upstream: Upstream) -> UpstreamEngine:
 
     key = os.environ.get(upstream.api_key_env) if upstream.api_key_env else None
     return UpstreamEngine(upstream.url, upstream.model, api_key=key)
-
-
-def _context_length(config: Any) -> int:
-    """Positions the model was made for; architectures name it differently."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 2048
-
-
-def _kv_heads(config: Any) -> int:
-    """Heads whose keys and values are kept, of all layers."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return int(config.num_hidden_layers * heads)
-
-
-def _head_dim(config: Any) -> int:
-    return int(
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
