@@ -34,11 +34,8 @@ STANDARD = (
     "sparse24-sparsegpt+int4-gptq-g64",
     "lowrank-80+int8",
     "depth-75+distill-kl",
-    "depth-75+distill-rkl",
     "depth-50+distill-kl",
-    "lowrank-80+distill-kl",
     "int2-qat-g64",
-    "depth-75+distill-kl+int4-gptq-g128",
     "int8+kv8",
     "int4-gptq-g128+kv4",
 )
