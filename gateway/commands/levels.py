@@ -118,6 +118,11 @@ def _check_export(recipe: Recipe, folder: Path | None, form: str) -> None:
         return
     if folder.exists():
         raise InvalidRequest(f"--export: {folder} exists", param="export")
+    if not recipe.steps:
+        raise InvalidRequest(
+            f"--export: {recipe.name} is dense, no linear is compressed; there is nothing to write",
+            param="export",
+        )
     if (cache := recipe.step("kv")) is not None:
         raise InvalidRequest(
             f"--export: {cache.name} is how the KV cache is kept, not how weights are; "
