@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,54 +9,18 @@ import torch
 
 from compressors.kv_scheme import KVScheme
 from gateway.app import open_backends
-from gateway.config import BUILTIN, Build, Cache, Model, Settings
+from gateway.config import BUILTIN
 from gateway.engine.base import GenerationRequest, SamplingParams
 from gateway.variants.artifact import weights_of
 from gateway.variants.local_backend import LocalBackend
-from tests.support.gateway_process import write_texts
+from tests.variants.conftest import tiny_settings
 
 LEVELS = ("int8", "int8+kv4")
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama in bf16 with the bundled model's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for file in BUILTIN.glob("*token*"):
-        shutil.copy(file, folder)
-    return folder
-
-
-def settings_for(model: Path, folder: Path, levels: tuple[str, ...]) -> Settings:
-    texts = {name: Path(file) for name, file in write_texts(folder).items()}
-    return Settings(
-        models=(Model(id="tiny", path=str(model)),),
-        device="cpu",
-        threads=1,
-        cache=Cache(dir=folder / "cache"),
-        levels=levels,
-        build=Build(calibration=texts["calibration"], eval_text=texts["eval_text"]),
-    )
-
-
 async def test_the_decision_knows_what_a_token_takes(tmp_path: Path) -> None:
     levels = ("fp32", "kv8", "int8+kv8", "int4-gptq-g128+kv4")
-    async with open_backends(settings_for(BUILTIN, tmp_path, levels)) as parts:
+    async with open_backends(tiny_settings(BUILTIN, tmp_path, levels)) as parts:
         (backend,) = parts.backends
         await backend.start()
         plain = backend.kv_bytes_per_token("bf16")
@@ -71,7 +34,7 @@ async def test_the_decision_knows_what_a_token_takes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 async def test_built_shared_measured_and_served(tiny: Path, tmp_path: Path) -> None:
-    async with open_backends(settings_for(tiny, tmp_path, LEVELS)) as parts:
+    async with open_backends(tiny_settings(tiny, tmp_path, LEVELS)) as parts:
         (backend,) = parts.backends
         await backend.start()
         assert isinstance(backend, LocalBackend)

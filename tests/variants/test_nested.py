@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from compressors.recipe import Recipe, expand
 from gateway.app import open_backends
-from gateway.config import BUILTIN, Build, Cache, FakeModel, Model, Settings
+from gateway.config import FakeModel, Model
 from gateway.engine.runner import build_model, forward_logits
 from gateway.errors import Conflict, Overloaded
 from gateway.variants.artifact import weights_of
@@ -21,7 +20,7 @@ from gateway.variants.jobs import JobState
 from gateway.variants.local_backend import LocalBackend
 from gateway.variants.pool import VariantPool
 from gateway.variants.variant import LevelFacts, State
-from tests.support.gateway_process import write_texts
+from tests.variants.conftest import tiny_settings
 
 PARENT, CHILD = expand(["nested84-hqq-g64"])
 
@@ -99,41 +98,9 @@ async def test_the_artifact_goes_when_no_level_of_it_is_loaded() -> None:
         assert {facts(pool, name).state for name in (PARENT, CHILD)} == {State.ABSENT}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random Llama in bf16 with the bundled model's tokenizer."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=64,
-        intermediate_size=152,  # no multiple of the group
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    for file in BUILTIN.glob("*token*"):
-        shutil.copy(file, folder)
-    return folder
-
-
 @pytest.mark.slow
 async def test_a_real_artifact_serves_both(tiny: Path, tmp_path: Path) -> None:
-    texts = {name: Path(file) for name, file in write_texts(tmp_path).items()}
-    settings = Settings(
-        models=(Model(id="tiny", path=str(tiny)),),
-        device="cpu",
-        threads=1,
-        cache=Cache(dir=tmp_path / "cache"),
-        levels=("nested84-hqq-g64",),
-        build=Build(calibration=texts["calibration"], eval_text=texts["eval_text"]),
-    )
+    settings = tiny_settings(tiny, tmp_path, ("nested84-hqq-g64",))
     async with open_backends(settings) as parts:
         (backend,) = parts.backends
         assert isinstance(backend, LocalBackend)
