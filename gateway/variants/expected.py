@@ -17,7 +17,8 @@ from gateway.variants.card import Card
 
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _BUILD_OVERHEAD_S = 15.0  # of every worker: to start, and to measure the card
-_PACE = (0.1, 30.0)  # bounds on what this host takes ÷ what was forecast
+_PACE = (0.1, 10.0)  # bounds on what this host takes ÷ what was forecast
+_TELLING_S = 2.0  # a build forecast to be shorter is mostly overhead and tells nothing of the pace
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ class Expectations:
             for level in self.recipes
             if (card := self.measured(level)) is not None
             and card.build_seconds
-            and self.forecast(level).seconds
+            and self.forecast(level).seconds >= _TELLING_S
         )
         return min(max(known[len(known) // 2], _PACE[0]), _PACE[1]) if known else 1.0
 

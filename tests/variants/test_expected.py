@@ -6,7 +6,9 @@ import json
 
 import pytest
 
-from compressors.model import parse_config
+from compressors.checkpoint import Checkpoint
+from compressors.model import build_skeleton, parse_config
+from compressors.plan import shapes_of
 from compressors.recipe import Recipe
 from gateway.config import BUILTIN
 from gateway.variants.card import Card
@@ -55,3 +57,16 @@ def test_what_another_host_measured_is_believed_but_for_its_speed() -> None:
         "int8", elsewhere, None
     )
     assert (card.perplexity_ratio, card.stored_bytes, card.measured) == (1.001, 1234, False)
+
+
+def test_a_build_of_moments_does_not_slow_what_is_expected_of_others() -> None:
+    checkpoint = Checkpoint(BUILTIN)
+    shapes = shapes_of(build_skeleton(checkpoint.config), 2)
+    recipes = {name: Recipe.parse(name) for name in ("int8", "int4-gptq-g128", "sparse24-wanda")}
+    cards: dict[str, Card] = {}
+    expected = Expectations(shapes, "bf16", 10**6, 0.8, recipes, cards.get, 1, "cpu")
+    before = expected.card("int4-gptq-g128", None, None).build_seconds
+    cards["int8"] = Card(measured=True, build_seconds=20.0)  # starting took long
+    assert expected.card("int4-gptq-g128", None, None).build_seconds == before
+    cards["sparse24-wanda"] = Card(measured=True, build_seconds=100.0)
+    assert expected.card("int4-gptq-g128", None, None).build_seconds > before
