@@ -1,8 +1,8 @@
 """Choosing the rank of every linear of a model: one walk forward over a little text, one back.
 
 Owns the passes and the statistics between them; what a rank costs is `lowrank.sensitivity`'s. Only
-the block that is walked through has weights in memory; the hidden states between blocks are kept in
-16 bits.
+the block that is walked through has weights in memory; the hidden states before the others wait in
+16 bits in a temporary folder.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from compressors import gram as grams
@@ -75,25 +78,31 @@ class _Backward:
         self._plan, self._said = plan, said
         self._walk = Walk(plan.source, windows[:enough], device=device)
         self.losses: dict[str, Tensor] = {}
-        before = self._forward(plan.source)
-        gradients = [
-            self._loss_gradient(tokens, hidden)
-            for tokens, hidden in zip(self._walk.tokens, self._walk.hidden, strict=True)
-        ]
-        for index in reversed(range(len(before))):
-            said(1.0 - (index + 1) / (2 * len(before)), f"ranks: block {index} backward")
-            gradients = self._backward(index, before[index], gradients)
+        with TemporaryDirectory(prefix="pressgate-ranks-") as folder:
+            self._forward(plan.source, Path(folder))
+            gradients = [
+                self._loss_gradient(tokens, hidden)
+                for tokens, hidden in zip(self._walk.tokens, self._walk.hidden, strict=True)
+            ]
+            count = len(plan.source.blocks)
+            for index in reversed(range(count)):
+                said(1.0 - (index + 1) / (2 * count), f"ranks: block {index} backward")
+                kept = load_file(_file(Path(folder), index), device=str(self._walk.device))
+                before = [kept[str(batch)] for batch in range(len(gradients))]
+                gradients = self._backward(index, before, gradients)
 
-    def _forward(self, source: Source) -> list[list[Tensor]]:
-        """The hidden states before every block."""
-        before = []
+    def _forward(self, source: Source, folder: Path) -> None:
+        """Leaves the hidden states before every block in `folder`."""
         for index in range(len(source.blocks)):
-            before.append([hidden.to(torch.bfloat16) for hidden in self._walk.hidden])
+            before = {
+                str(batch): hidden.to("cpu", torch.bfloat16).contiguous()
+                for batch, hidden in enumerate(self._walk.hidden)
+            }
+            save_file(before, _file(folder, index))
             self._said(index / (2 * len(source.blocks)), f"ranks: block {index}")
             self._walk.load(index)
             self._walk.advance(index)
             self._walk.free(index)
-        return before
 
     def _loss_gradient(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """d loss / d hidden after the last block, the loss being that of every next token."""
@@ -130,6 +139,11 @@ class _Backward:
                 raise CompressionError(f"{row.module}: {error}") from error
         self._walk.free(index)
         return results
+
+
+def _file(folder: Path, index: int) -> Path:
+    """Where the hidden states before block `index` wait."""
+    return folder / f"{index}.safetensors"
 
 
 class _Seen:
