@@ -82,12 +82,14 @@ def compress(
     Raises:
         CompressionError: the job cannot be done; the message names the layer or setting at fault.
     """
+    host = host or Host(device)
     if alone := next((step for step in recipe.steps if METHODS[step.method].whole_model), None):
         windows = _windows(open_source(checkpoint), recipe, calibration)
         solve = METHODS[alone.method].load()
-        report: Report = solve(checkpoint, alone, windows, sink, progress=progress, device=device)
+        report: Report = solve(
+            checkpoint, alone, windows, sink, progress=progress, device=host.device
+        )
         return report
-    host = host or Host(device)
     if any(METHODS[step.method].trains for step in recipe.steps):
         from compressors.distill.job import distill
 

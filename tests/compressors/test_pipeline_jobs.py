@@ -289,3 +289,16 @@ def test_a_job_that_does_not_fit_is_refused_with_the_numbers(
     why = refusal(recipe, expected, expected.peak_bytes - 1)
     assert "int4-gptq-g128" in why
     assert f"{expected.peak_bytes / 1e9:.1f} GB" in why
+
+
+def test_a_method_that_does_a_whole_model_computes_where_the_host_says(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[object] = []
+
+    def solve(*_: object, device: object, **__: object) -> None:
+        told.append(device)
+
+    monkeypatch.setattr("compressors.quantize.autogptq.solve", solve)
+    run(checkpoint("phi3"), "int4-autogptq-g32", host=Host(device="cuda:1"))
+    assert told == ["cuda:1"]
