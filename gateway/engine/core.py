@@ -30,7 +30,8 @@ from gateway.engine.base import (
 from gateway.engine.grammar import Matcher
 from gateway.engine.kv_cache import BlockPool
 from gateway.engine.kv_quant import make_pool
-from gateway.engine.runner import Model, Runner, forward_logits
+from gateway.engine.runner import Model, forward_logits
+from gateway.engine.runners import StepRunner, make_runner
 from gateway.engine.sampler import RowState, Scored, sample, score
 from gateway.engine.scheduler import Chunk, Limits, Scheduler
 from gateway.engine.scheduler import Sequence as Tokens
@@ -103,7 +104,7 @@ class _Group:
 @dataclass(slots=True)
 class _Variant:
     model: Model
-    runner: Runner
+    runner: StepRunner
     tokenizer: Tokenizer
     group: _Group
     jobs: dict[int, Job] = field(default_factory=dict)  # by id of the job's sequence
@@ -146,7 +147,7 @@ class Core:
         group = self._groups.get(model.layout)
         if group is None:
             group, events = self._new_group(model)
-        runner = Runner(model, group.tensors, max_batch=self._options.max_num_seqs)
+        runner = make_runner(model, group.tensors, max_batch=self._options.max_num_seqs)
         variant = _Variant(model, runner, tokenizer, group)
         group.members[name] = self._variants[name] = variant
         group.scheduler.open(name, identity=f"{name}#{next(self._loads)}")

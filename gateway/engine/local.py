@@ -31,6 +31,7 @@ from gateway.engine.base import (
 from gateway.engine.core import Core, Event, Job, LocalOptions
 from gateway.engine.grammar import Grammars
 from gateway.engine.runner import Model, VariantWeights, build_model
+from gateway.engine.runners import settle
 from gateway.engine.tokenizer import Tokenizer
 
 __all__ = ["LocalEngine", "LocalOptions", "LocalRuntime"]
@@ -76,7 +77,7 @@ class LocalRuntime:
         """
         loop = asyncio.get_running_loop()
         model = await loop.run_in_executor(
-            self._loader, lambda: build_model(weights, device=self.options.device)
+            self._loader, lambda: settle(build_model(weights, device=self.options.device))
         )
         await self._ask(lambda: self._deliver(self._core.attach(name, model, tokenizer)))
         return LocalEngine(self, name, model, tokenizer)

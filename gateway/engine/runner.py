@@ -19,8 +19,9 @@ from compressors.base import CompressionError
 from compressors.kv_scheme import KVScheme
 from compressors.model import build_skeleton, set_tensor
 from compressors.tensor import StoredLinear
-from gateway.engine import attention
+from gateway.engine import attention, decoder
 from gateway.engine.attention import Layout, Mode, Pool, Segment, Slot, Step
+from gateway.engine.decoder import Decoder
 from gateway.engine.kernels.grouped import GroupedLinear
 from gateway.engine.kernels.linear import make_linear
 from gateway.engine.kernels.scheme import KernelLinear
@@ -62,6 +63,7 @@ class Model:
     Attributes:
         context_length: most tokens of prompt and output together.
         resident_bytes: of all its tensors, those shared with other variants included.
+        decoder: its parts, where they could be read; what a thin runner computes from.
     """
 
     module: nn.Module
@@ -71,6 +73,7 @@ class Model:
     context_length: int
     vocab_size: int
     resident_bytes: int
+    decoder: Decoder | None = None
 
 
 def build_model(weights: VariantWeights, *, device: str = "cpu") -> Model:
@@ -111,6 +114,7 @@ def build_model(weights: VariantWeights, *, device: str = "cpu") -> Model:
         context_length=int(limit),
         vocab_size=vocab_size,
         resident_bytes=_resident_bytes(module),
+        decoder=decoder.read(module, slots),
     )
 
 
