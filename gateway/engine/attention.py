@@ -239,7 +239,7 @@ class PlainKV:
     """`LayerKV` of unquantized keys and values, each [num_blocks, block_size, kv_heads, dim]."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
-        self._keys, self._values = keys, values
+        self.keys, self.values = keys, values
 
     def decode(self, new: Rows, window: int, scoring: Scoring, step: Step) -> Tensor:
         """See `LayerKV.decode`."""
@@ -273,7 +273,7 @@ class PlainKV:
 
     def _write(self, new: Rows, step: Step) -> None:
         writes = step.writes
-        for pool, rows in ((self._keys, new.key), (self._values, new.value)):
+        for pool, rows in ((self.keys, new.key), (self.values, new.value)):
             flat = rows.transpose(1, 2).reshape(writes.shape[0], *pool.shape[2:])
             pool.view(-1, *pool.shape[2:]).index_copy_(0, writes, flat)
 
@@ -281,7 +281,7 @@ class PlainKV:
         """Keys and values of `batch` equally long block tables, each [batch, kv_heads, n, dim]."""
         keys, values = (
             pool.index_select(0, tables).view(batch, -1, *pool.shape[2:]).transpose(1, 2)
-            for pool in (self._keys, self._values)
+            for pool in (self.keys, self.values)
         )
         return keys, values
 

@@ -178,6 +178,11 @@ class NativeCall:
         self.n, self.k = int(struct.n), int(struct.k)
         self.max_rows, self.bf16_input = max_rows, bf16_input
 
+    @property
+    def entry(self) -> int:
+        """Address of the function, for native code that calls it."""
+        return ctypes.cast(self._function, ctypes.c_void_p).value or 0
+
     def takes(self, x: Tensor) -> bool:
         """Whether the kernel accepts these activations (and is the faster path for so many)."""
         if not x.is_cpu:

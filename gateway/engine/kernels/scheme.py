@@ -66,6 +66,11 @@ class KernelLinear(nn.Module):
         """The native kernel over the present buffers, None where torch has to do."""
         return None
 
+    @property
+    def native(self) -> NativeCall | None:
+        """The kernel that is the whole layer; None where there is none, or it is but a part."""
+        return self._call if type(self).forward is KernelLinear.forward else None
+
     def forward(self, x: Tensor) -> Tensor:
         call = self._call
         if call is not None and call.takes(x):
