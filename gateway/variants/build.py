@@ -76,7 +76,7 @@ def build(
     build_seconds = 0.0
     if spec.key:
         if disk.manifest(spec.key) is None:
-            _compress(spec, checkpoint, disk, lambda s, m: progress(_COMPRESSED * s, m))
+            make_artifact(spec, checkpoint, disk, lambda s, m: progress(_COMPRESSED * s, m))
         artifact = disk.read(spec.key)
         if artifact is None:
             raise OSError(f"artifact {spec.key} did not survive being written")
@@ -107,9 +107,14 @@ def build(
     return {"card": card.model_copy(update=sizes | speeds).model_dump(mode="json")}
 
 
-def _compress(
+def make_artifact(
     spec: BuildSpec, checkpoint: Checkpoint, disk: DiskStore, progress: ProgressFn
 ) -> None:
+    """Compress the checkpoint into the artifact `spec.key`; going on where a killed one stopped.
+
+    Raises:
+        CompressionError, CacheError: as `build`.
+    """
     began = time.monotonic()
     recipe = Recipe.parse(spec.level).parent
     calibration = None

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from gateway.engine.upstream import UpstreamEngine
 
 DEFAULT_TEXT = "default-v1"  # stands for the default calibration text in artifact keys
-_NATIVE_LEVELS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+NATIVE_LEVELS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _CHILD = "@"  # in the key of its card, after the artifact's
 
 
@@ -105,7 +105,7 @@ class LocalBackend:
             raise ModelError(str(error), param="model") from error
         text_config = parsed.get_text_config()
         dtype = str(text_config.dtype or "float32").removeprefix("torch.")
-        self._native = _NATIVE_LEVELS.get(dtype, "fp32")
+        self._native = NATIVE_LEVELS.get(dtype, "fp32")
         if self._imported is None:
             self.default_level = self._native
         else:  # it comes compressed and is one level; there is no dense model to make others of

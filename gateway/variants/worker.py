@@ -24,7 +24,7 @@ _M_MMAP_THRESHOLD, _MAPPED_FROM = -3, 4 * 2**20  # bytes of a tensor that goes b
 
 def main() -> int:
     """Do the build; 0 when a result or an orderly error was written."""
-    out = _take_stdout()
+    out = take_stdout()
     spec = BuildSpec.model_validate_json(sys.stdin.buffer.read())
     _be_humble(spec.nice, spec.threads)
 
@@ -49,7 +49,7 @@ def main() -> int:
     return 0
 
 
-def _take_stdout() -> BinaryIO:
+def take_stdout() -> BinaryIO:
     """Keep stdout for our lines; whatever libraries print goes to stderr."""
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
