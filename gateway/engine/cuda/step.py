@@ -1,0 +1,168 @@
+"""A decoder's step on a CUDA device: its parts put together from Triton kernels and linears.
+
+Decode steps are CUDA graphs by batch size; nothing here waits for the device. Owns the step's
+buffers; which tokens run and which token is picked is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gateway.engine.attention import PlainKV, Pool
+from gateway.engine.cuda import attend, kernels
+from gateway.engine.cuda.graphs import Graphs
+from gateway.engine.cuda.staging import DecodeStage, stage_prompts
+from gateway.engine.cuda.weights import Joined
+from gateway.engine.decoder import Attention, Block, Decoder, GatedMlp, Norm
+from gateway.engine.runner import Model
+from gateway.engine.scheduler import Chunk
+from gateway.engine.scheduler import Sequence as Tokens
+
+_BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+_BATCH_STEP = 32  # beyond
+
+# From a layer's queries, its pool and its shape to what they attend to.
+_Attend = Callable[[Tensor, tuple[Tensor, Tensor], attend.Shape], Tensor]
+
+
+class _Layer(NamedTuple):
+    block: Block
+    rows: Joined  # query, key, value
+    norms: tuple[Norm, Norm] | None
+    inner: Joined | None  # gate, up
+    shape: attend.Shape
+
+
+class CudaRunner:
+    """`runners.StepRunner` on a device with Triton. Graphs only where that device is CUDA's."""
+
+    def __init__(self, model: Model, parts: Decoder, pool: Pool, max_batch: int) -> None:
+        self.model = model
+        self._parts = parts
+        self._layers = [_layer(block) for block in parts.blocks]
+        self._batches = _buckets(max_batch)
+        device, most = pool.device, self._batches[-1]
+        blocks = -(-model.context_length // pool.block_size)
+        self._size = pool.block_size
+        self._stage = DecodeStage(most, blocks, self._size, device)
+        heads = max(layer.shape.heads for layer in self._layers)
+        kv_heads = max(shape.kv_heads for shape in model.layout.layers)
+        dim = max(shape.key_dim for shape in model.layout.layers)
+        self._scratch = {
+            rows: attend.make_scratch(rows, heads, kv_heads, dim, device) for rows in self._batches
+        }
+        # A module of another kind may read its input on the host.
+        plain = all(isinstance(block.mlp, GatedMlp) for block in parts.blocks)
+        self._graphs = Graphs(self._decode_rows, enabled=device.type == "cuda" and plain)
+        self.bind(pool)
+
+    def bind(self, pool: Pool) -> None:
+        """Use (another) pool of the model's layout."""
+        self._device = pool.device
+        for slot, layer in zip(self.model.slots, pool.layers, strict=True):
+            slot.kv = layer
+        self._graphs.drop()
+
+    @torch.inference_mode()
+    def decode(self, batch: Sequence[Tokens]) -> Tensor:
+        """Compute the last token of every sequence; fp32 logits [batch, vocab] of what follows."""
+        return self._decode(batch, None)
+
+    @torch.inference_mode()
+    def decode_from(self, batch: Sequence[Tokens], ids: Tensor) -> Tensor:
+        """`decode`, but the last tokens are `ids` (int64 [batch], on the device); the sequences
+        need not know them yet."""
+        return self._decode(batch, ids)
+
+    @torch.inference_mode()
+    def prefill(self, chunks: Sequence[Chunk], every: Sequence[bool]) -> list[Tensor]:
+        """Compute chunks; for each the fp32 logits [n, vocab] after its last token, or after all
+        its tokens where `every` says so."""
+        staged = stage_prompts(chunks, every, self._size, attend.QUERIES, self._device)
+
+        def look(query: Tensor, pool: tuple[Tensor, Tensor], shape: attend.Shape) -> Tensor:
+            return attend.prefill(query, pool, staged.tables, staged.tiles, shape)
+
+        x, delta = self._blocks(staged.ids, (staged.positions, staged.writes), look)
+        keep = staged.keep
+        logits = self._logits(x.index_select(0, keep), delta.index_select(0, keep))
+        return list(torch.split(logits.float(), staged.counts))
+
+    def _decode(self, batch: Sequence[Tokens], ids: Tensor | None) -> Tensor:
+        rows = self._batches[bisect_left(self._batches, len(batch))]
+        self._stage.stage(batch, rows, ids)
+        # A copy: the next step overwrites what a graph leaves.
+        return self._graphs.run(rows)[: len(batch)].to(torch.float32, copy=True)
+
+    def _decode_rows(self, rows: int) -> Tensor:
+        """Logits [rows, vocab] of the staged batch. The launches that a graph holds."""
+        staged, scratch = self._stage.batch(rows), self._scratch[rows]
+
+        def look(query: Tensor, pool: tuple[Tensor, Tensor], shape: attend.Shape) -> Tensor:
+            return attend.decode(query, pool, staged.tables, staged.positions, shape, scratch)
+
+        return self._logits(*self._blocks(staged.ids, (staged.positions, staged.writes), look))
+
+    def _blocks(
+        self, ids: Tensor, where: tuple[Tensor, Tensor], look: _Attend
+    ) -> tuple[Tensor, Tensor]:
+        """All blocks over rows of tokens: the residual stream and what is still to be added."""
+        x: Tensor = self._parts.embed(ids)
+        delta: Tensor | None = None
+        for layer in self._layers:
+            attention = layer.block.attention
+            query, key, value = layer.rows(kernels.add_norm(x, delta, attention.norm))
+            pool = _tensors(attention)
+            kernels.turn_and_store(
+                (query, key, value), layer.norms, self._parts.rotary, where, pool
+            )
+            delta = attention.output(look(query, pool, layer.shape))
+            delta = _mlp(layer, kernels.add_norm(x, delta, layer.block.norm))
+        assert delta is not None, "a decoder has blocks"
+        return x, delta
+
+    def _logits(self, x: Tensor, delta: Tensor) -> Tensor:
+        logits: Tensor = self._parts.head(kernels.add_norm(x, delta, self._parts.norm))
+        return logits
+
+
+def _layer(block: Block) -> _Layer:
+    attention, mlp = block.attention, block.mlp
+    norms = None
+    if attention.query_norm is not None and attention.key_norm is not None:
+        norms = attention.query_norm, attention.key_norm
+    return _Layer(
+        block,
+        Joined([attention.query, attention.key, attention.value]),
+        norms,
+        Joined([mlp.gate, mlp.up]) if isinstance(mlp, GatedMlp) else None,
+        attend.Shape(attention.heads, attention.scale, attention.window or 0),
+    )
+
+
+def _tensors(attention: Attention) -> tuple[Tensor, Tensor]:
+    kv = attention.slot.kv
+    assert isinstance(kv, PlainKV), "a step needs a bound pool of plain keys and values"
+    return kv.keys, kv.values
+
+
+def _mlp(layer: _Layer, x: Tensor) -> Tensor:
+    mlp = layer.block.mlp
+    if layer.inner is None or not isinstance(mlp, GatedMlp):
+        other: Tensor = mlp(x[None])[0]
+        return other.contiguous()
+    gate, up = layer.inner(x)
+    out: Tensor = mlp.down(kernels.gated(gate, up, mlp.activation))
+    return out
+
+
+def _buckets(most: int) -> list[int]:
+    """Batch sizes that steps are padded to, up to the first that covers `most`."""
+    if most > _BATCHES[-1]:
+        return [*_BATCHES, *range(_BATCHES[-1] + _BATCH_STEP, most + _BATCH_STEP, _BATCH_STEP)]
+    return list(_BATCHES[: bisect_left(_BATCHES, most) + 1])
