@@ -37,20 +37,22 @@ class Budget(BaseModel):
 
     def intersect(self, outer: Budget) -> Budget:
         """The tighter of the two bounds, field by field (a request can only tighten its policy)."""
-        low = ("ttft_ms", "tpot_ms", "latency_ms", "memory_mb", "max_ppl_ratio")
-        merged: dict[str, float | None] = {}
-        for name in (*low, "min_agreement"):
-            mine, theirs = getattr(self, name), getattr(outer, name)
-            if mine is None or theirs is None:
-                merged[name] = theirs if mine is None else mine
-            else:
-                merged[name] = min(mine, theirs) if name in low else max(mine, theirs)
+        mine = self.bounds()
+        if not mine and type(outer) is Budget:
+            return outer
+        merged = dict(outer.bounds())
+        for name, bound in mine:
+            theirs = merged.get(name, bound)
+            merged[name] = max(bound, theirs) if name == "min_agreement" else min(bound, theirs)
         return Budget(**merged)
 
     def bounds(self) -> Bounds:
         """The bounds that are set, as (field, value), in field order."""
-        pairs = ((name, getattr(self, name)) for name in Budget.model_fields)
-        return tuple((name, value) for name, value in pairs if value is not None)
+        values = self.__dict__
+        return tuple([(name, values[name]) for name in _FIELDS if values[name] is not None])
+
+
+_FIELDS: Final = tuple(Budget.model_fields)
 
 
 class Sla(Budget):

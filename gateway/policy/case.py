@@ -1,79 +1,113 @@
-"""One request with its options: the verbs that the decision tree is written in. Pure."""
+"""One request with every level's numbers: the verbs that the decision tree is written in. Pure.
+
+Levels are rows of the ladder here; `option` makes a row into the noun that sentences are about.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
 
 from gateway.policy import sentences
-from gateway.policy.budget import HARD, Bounds, Budget, Objective, OnMiss, excess
-from gateway.policy.decision import Action, Ask, Code, Decision, Predict, Verdict
-from gateway.policy.judge import costs, judge, needs_build, prepare_seconds
-from gateway.policy.objective import Key, Option, gain, key
+from gateway.policy.budget import HARD, excess
+from gateway.policy.columns import Floats, Mask, needs_build
+from gateway.policy.decision import Action, Ask, Code, Decision, Verdict
+from gateway.policy.judge import Limits, Standing, costs, roomy
+from gateway.policy.objective import OBJECTIVES, Key, Option, Order, Prices, gain
 from gateway.policy.policy import Policy
-from gateway.policy.predictor import Prediction
+from gateway.policy.prediction import Prediction, Predictions
 from gateway.variants.variant import LadderSnapshot, State
 
 
-@dataclass(frozen=True, slots=True)
 class Case:
-    """One request under one policy on one ladder, every level judged."""
+    """One request under one policy on one ladder, every level judged.
 
-    ask: Ask
-    policy: Policy
-    snapshot: LadderSnapshot
-    predict: Predict
-    budget: Budget
-    bounds: Bounds
-    objective: Objective
-    on_miss: OnMiss
-    options: tuple[Option, ...]
+    Loading counts in a level's times, building does not: an absent level is judged as it will be
+    once it is in memory.
 
-    @classmethod
-    def of(cls, ask: Ask, policy: Policy, snapshot: LadderSnapshot, predict: Predict) -> Case:
-        budget = ask.sla.intersect(policy.budget)
-        bounds = budget.bounds()
-        predictions = predict(ask.prompt_tokens, ask.max_tokens, snapshot)
-        return cls(
-            ask=ask,
-            policy=policy,
-            snapshot=snapshot,
-            predict=predict,
-            budget=budget,
-            bounds=bounds,
-            objective=ask.sla.objective or policy.objective,
-            on_miss=ask.sla.on_miss or policy.on_miss,
-            options=judge(bounds, policy, snapshot, predictions),
-        )
+    Attributes:
+        open: no barrier stands before the level.
+        fits: open, and every bound is kept.
+        later: not in memory yet, and fits once it is.
+    """
+
+    def __init__(
+        self, ask: Ask, policy: Policy, snapshot: LadderSnapshot, said: Predictions
+    ) -> None:
+        self.ask = ask
+        self.policy = policy
+        self.snapshot = snapshot
+        self.said = said
+        self.columns = columns = said.columns
+        self.standing = Standing.of(columns, policy, snapshot.for_weights[0])
+        self.budget = ask.sla.intersect(self.standing.budget)
+        self.bounds = self.budget.bounds()
+        self.objective = ask.sla.objective or policy.objective
+        self.on_miss = ask.sla.on_miss or policy.on_miss
+        self.ttft_ms, self.latency_ms = said.ttft_ms, said.latency_ms
+        if columns.any_unbuilt:
+            building = np.where(columns.unbuilt, said.load_ms, 0.0)
+            self.ttft_ms = said.ttft_ms - building
+            self.latency_ms = said.latency_ms - building
+        self.roomy = roomy(said, snapshot)
+        self.open = self.standing.free & self.roomy
+        self.limits = Limits(self.bounds, said)
+        self.fits = self.limits.kept(self.open, self.ttft_ms, self.latency_ms)
+
+    @cached_property
+    def warm_ttft_ms(self) -> Floats:
+        return self.said.ttft_ms - self.said.load_ms
+
+    @cached_property
+    def warm_latency_ms(self) -> Floats:
+        return self.said.latency_ms - self.said.load_ms
+
+    @cached_property
+    def later(self) -> Mask:
+        unready = self.open & self.columns.unready
+        return self.limits.kept(unready, self.warm_ttft_ms, self.warm_latency_ms)
+
+    @property
+    def usable(self) -> Mask:
+        """Fits without a build."""
+        return self.fits & self.columns.loadable
 
     # -- choosing ---------------------------------------------------------------------------------
 
-    def key(self, option: Option) -> Key:
-        return key(self.objective, option)
+    @cached_property
+    def order(self) -> Order:
+        """The objective's costs of using a level now, then the policy's preference."""
+        return self._order(self.latency_ms)
 
-    def option(self, level: str) -> Option:
-        return next(option for option in self.options if option.level == level)
+    @cached_property
+    def warm_order(self) -> Order:
+        """The same once it is in memory."""
+        return self._order(self.warm_latency_ms)
 
-    def best(self, options: Iterable[Option]) -> Option | None:
-        return min(options, key=self.key, default=None)
+    def _order(self, latency_ms: Floats) -> Order:
+        of = OBJECTIVES[self.objective]
+        return (*of(Prices(self.columns, self.said.memory_mb, latency_ms)), self.standing.rank)
 
-    def nearest(self, options: Iterable[Option]) -> Option | None:
+    def nearest(self, mask: Mask) -> int | None:
         """Fewest bounds broken, then by the least in all, then the best."""
-        return min(
-            options,
-            key=lambda o: (len(o.broken), sum(o.broken.values()), self.key(o)),
-            default=None,
-        )
+        return first(mask, (*self.limits.broken(self.ttft_ms, self.latency_ms), *self.order))
 
-    def honest(self) -> list[Option]:
-        """Options that keep the hard bounds."""
-        return [o for o in self.options if not o.barrier and not HARD & o.broken.keys()]
+    @property
+    def honest(self) -> Mask:
+        """Levels that keep the hard bounds."""
+        return self.open if self.limits.hard is None else self.open & self.limits.hard
 
     def failed(self) -> list[Option]:
         """Failed options that a refusal is to be blamed on: but for the failure they would keep
         what has to be kept (`nearest`: the hard bounds), or nothing else can be used at all."""
-        failed = [option for option in self.options if option.barrier == "failed"]
-        if all(option.barrier for option in self.options):
+        rows = [
+            row
+            for row, facts in enumerate(self.snapshot.levels)
+            if facts.state is State.FAILED and self.barrier(row) == "failed"
+        ]
+        failed = [self.option(row) for row in rows]
+        if not self.open.any():
             return failed
         needed = HARD if self.on_miss == "nearest" else frozenset(dict(self.bounds))
         return [
@@ -83,69 +117,98 @@ class Case:
             & excess(self.bounds, costs(option.facts, option.predicted.warmed())).keys()
         ]
 
-    def seconds(self, option: Option) -> float:
-        return prepare_seconds(option.facts, self.snapshot)
+    def seconds(self, row: int) -> float:
+        return self.columns.prepare_s.item(row)
 
-    def delayed(self, option: Option) -> Prediction:
-        """What a caller that waits for the option to be prepared gets."""
-        return option.predicted.warmed().delayed(1000.0 * self.seconds(option))
+    @cached_property
+    def within_wait(self) -> Mask:
+        return 1000.0 * self.columns.prepare_s <= self.policy.wait_ms
 
-    def within_wait(self, option: Option) -> bool:
-        return 1000.0 * self.seconds(option) <= self.policy.wait_ms
-
-    def worth_waiting(self, option: Option, best: Option | None) -> bool:
+    def worth_waiting(self, best: int | None) -> Mask:
         """The build breaks no promise, and what it brings is more than a tie-break."""
-        return (
-            needs_build(option.facts)
-            and self.within_wait(option)
-            and not excess(self.bounds, costs(option.facts, self.delayed(option)))
-            and (best is None or self.key(option)[0] < self.key(best)[0])
-        )
+        mask = self.later & self.columns.unbuilt & self.within_wait
+        if not mask.any():
+            return mask
+        delay = 1000.0 * self.columns.prepare_s
+        mask = self.limits.kept(mask, self.warm_ttft_ms + delay, self.warm_latency_ms + delay)
+        return mask if best is None else mask & (self.warm_order[0] < self.order[0][best])
 
-    def improvement(self, target: Option | None, best: Option) -> Option | None:
+    def improvement(self, target: int | None, best: int) -> int | None:
         """`target`, if preparing it is worth it although `best` fits."""
-        if target is None or target.level == best.level or self.key(target) >= self.key(best):
+        if target is None or target == best:
             return None
-        worth = gain(self.objective, target, best) * best.predicted.warmed().latency_ms / 1000.0
+        mine, theirs = key(self.warm_order, target), key(self.order, best)
+        if mine >= theirs:
+            return None
+        worth = gain(mine[:-1], theirs[:-1]) * self.warm_latency_ms.item(best) / 1000.0
         return target if self.pays(target, worth) else None
 
-    def rescue(self, target: Option | None) -> Option | None:
+    def rescue(self, target: int | None) -> int | None:
         """`target`, if preparing it is worth it because nothing fits."""
         if target is None:
             return None
-        return target if self.pays(target, target.predicted.latency_ms / 1000.0) else None
+        return target if self.pays(target, self.warm_latency_ms.item(target) / 1000.0) else None
 
-    def pays(self, target: Option, seconds_per_request: float) -> bool:
+    def pays(self, target: int, seconds_per_request: float) -> bool:
         return self.policy.expected_requests * seconds_per_request > self.seconds(target)
 
     # -- answering --------------------------------------------------------------------------------
 
-    def serve(self, option: Option, code: Code, prepare: Option | None = None) -> Decision:
-        reason = sentences.served(code, option, self.objective, self.options, self.bounds)
-        if prepare is not None:
-            reason = sentences.preparing(reason, prepare, self.seconds(prepare))
-        decision = self._decision("serve", code, reason, option.predicted)
-        build, warm = _preparation(prepare)
-        return replace(
-            decision, level=option.level, build=build, warm=warm, misses=tuple(option.broken)
+    def barrier(self, row: int) -> str:
+        return self.standing.name(row, not self.roomy[row])
+
+    def option(self, row: int) -> Option:
+        facts, predicted = self.snapshot.levels[row], self.said[row]
+        if needs_build(facts):
+            predicted = predicted.warmed()
+        return Option(
+            facts=facts,
+            predicted=predicted,
+            broken=excess(self.bounds, costs(facts, predicted)),
+            rank=int(self.standing.rank[row]),
+            barrier=self.barrier(row),
         )
 
-    def wait(self, option: Option, code: Code) -> Decision:
-        predicted = self.delayed(option)
-        reason = sentences.waits(option, self.seconds(option))
-        broken = excess(self.bounds, costs(option.facts, predicted))
-        decision = self._decision("wait", code, reason, predicted)
-        return replace(decision, build=option.level, misses=tuple(broken))
-
-    def reject(
-        self, code: Code, reason: str, *, retry: float | None = None, prepare: Option | None = None
-    ) -> Decision:
-        build, warm = _preparation(prepare)
-        return replace(
-            self._decision("reject", code, reason, None),
-            retry_after_s=retry,
+    def serve(self, row: int, code: Code, prepare: int | None = None) -> Decision:
+        option = self.option(row)
+        fitting = int(np.count_nonzero(self.usable)) if code == "fits" else 0
+        reason = sentences.served(code, option, self.objective, fitting, self.bounds)
+        if prepare is not None:
+            reason = sentences.preparing(reason, self.option(prepare), self.seconds(prepare))
+        build, warm = self._preparation(prepare)
+        return self._decision(
+            "serve",
+            code,
+            reason,
+            option.predicted,
+            level=option.level,
             build=build,
             warm=warm,
+            misses=tuple(option.broken),
+        )
+
+    def wait(self, row: int, code: Code) -> Decision:
+        """What a caller that waits for the level to be prepared gets."""
+        option, seconds = self.option(row), self.seconds(row)
+        predicted = option.predicted.warmed().delayed(1000.0 * seconds)
+        broken = excess(self.bounds, costs(option.facts, predicted))
+        reason = sentences.waits(option, seconds)
+        return self._decision(
+            "wait", code, reason, predicted, build=option.level, misses=tuple(broken)
+        )
+
+    def reject(
+        self, code: Code, reason: str, *, retry: float | None = None, prepare: int | None = None
+    ) -> Decision:
+        build, warm = self._preparation(prepare)
+        return self._decision(
+            "reject",
+            code,
+            reason,
+            None,
+            build=build,
+            warm=warm,
+            retry_after_s=retry,
             could_meet=self.could_meet(),
         )
 
@@ -153,34 +216,61 @@ class Case:
         """The bounds, each relaxed as far as the nearest loadable level needs; rounded outwards."""
         if self.ask.pinned_level is not None or not self.bounds:
             return None
-        near = self.nearest(o for o in self.options if o.facts.loadable and not o.barrier)
+        near = self.nearest(self.open & self.columns.loadable)
         if near is None:
             return None
-        return sentences.relaxed(self.bounds, near.broken, costs(near.facts, near.predicted))
+        option = self.option(near)
+        have = costs(option.facts, option.predicted)
+        return sentences.relaxed(self.bounds, option.broken, have)
 
     def _decision(
-        self, action: Action, code: Code, reason: str, predicted: Prediction | None
+        self,
+        action: Action,
+        code: Code,
+        reason: str,
+        predicted: Prediction | None,
+        *,
+        level: str | None = None,
+        build: str | None = None,
+        warm: str | None = None,
+        misses: tuple[str, ...] = (),
+        retry_after_s: float | None = None,
+        could_meet: dict[str, float] | None = None,
     ) -> Decision:
         return Decision(
             policy=self.policy.name,
             budget=self.budget,
             objective=self.objective,
             action=action,
-            level=None,
-            build=None,
+            level=level,
+            build=build,
             reason=reason,
             predicted=predicted,
-            retry_after_s=None,
-            could_meet=None,
+            retry_after_s=retry_after_s,
+            could_meet=could_meet,
             code=code,
             judge=self._verdicts,
+            misses=misses,
+            warm=warm,
+        )
+
+    def _preparation(self, row: int | None) -> tuple[str | None, str | None]:
+        """(level to build, level to load) in the background; work under way needs no second
+        order."""
+        if row is None:
+            return None, None
+        facts = self.snapshot.levels[row]
+        return (
+            facts.level if facts.state is State.ABSENT else None,
+            facts.level if facts.state is State.STORED else None,
         )
 
     def _verdicts(self) -> tuple[Verdict, ...]:
-        return tuple(self._verdict(option) for option in self.options)
+        return tuple(self._verdict(row) for row in range(len(self.columns)))
 
-    def _verdict(self, option: Option) -> Verdict:
-        seconds = self.seconds(option) if needs_build(option.facts) else 0.0
+    def _verdict(self, row: int) -> Verdict:
+        option = self.option(row)
+        seconds = self.seconds(row) if needs_build(option.facts) else 0.0
         return Verdict(
             level=option.level,
             state=option.facts.state,
@@ -192,11 +282,19 @@ class Case:
         )
 
 
-def _preparation(option: Option | None) -> tuple[str | None, str | None]:
-    """(level to build, level to load) in the background; work under way needs no second order."""
-    if option is None:
-        return None, None
-    return (
-        option.level if option.facts.state is State.ABSENT else None,
-        option.level if option.facts.state is State.STORED else None,
-    )
+def first(mask: Mask, order: Order) -> int | None:
+    """The row of `mask` that comes first in `order`."""
+    rows = mask.nonzero()[0]
+    if not len(rows):
+        return None
+    for column in order:
+        if len(rows) == 1:
+            break
+        values = column[rows]
+        rows = rows[values == values.min()]
+    return int(rows[0])
+
+
+def key(order: Order, row: int) -> Key:
+    """One row's costs in an order."""
+    return tuple(column.item(row) for column in order)

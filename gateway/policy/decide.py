@@ -35,15 +35,13 @@ promise would otherwise be broken. What the policy waits for need not pay.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
-from gateway.engine.base import EngineStats
 from gateway.policy import sentences
-from gateway.policy.case import Case
+from gateway.policy.case import Case, first
 from gateway.policy.decision import Action, Ask, Code, Decision, Predict, Verdict
-from gateway.policy.judge import BARRIERS, PASSING, needs_build, once_ready
+from gateway.policy.judge import BARRIERS, PASSING
 from gateway.policy.objective import Option
 from gateway.policy.policy import Policy
 from gateway.variants.variant import LadderSnapshot, State
@@ -67,83 +65,85 @@ def decide(ask: Ask, policy: Policy, snapshot: LadderSnapshot, predict: Predict)
     `predict(prompt_tokens, max_tokens, snapshot)` gives one prediction per level, in ladder order.
     Total: every input gets exactly one of serve, wait, reject.
     """
-    case = Case.of(ask, policy, snapshot, predict)
+    case = Case(ask, policy, snapshot, predict(ask.prompt_tokens, ask.max_tokens, snapshot))
     if ask.pinned_level is not None:
         return _pinned(case, ask.pinned_level)  # (1)
 
-    best = case.best(option for option in case.options if option.fits and option.facts.loadable)
-    later = once_ready(case.options, case.bounds)
+    best = first(case.usable, case.order)
     if case.on_miss == "wait":
-        better = case.best(option for option in later if case.worth_waiting(option, best))
+        better = first(case.worth_waiting(best), case.warm_order)
         if better is not None:
             return case.wait(better, "waits")  # (2)
-    target = case.best(later)
+    target = first(case.later, case.warm_order)
     if best is not None:
         return case.serve(best, "fits", case.improvement(target, best))  # (3)
-    return _missed(case, later, target)  # (4)-(7)
+    return _missed(case, target)  # (4)-(7)
 
 
 def _pinned(case: Case, level: str) -> Decision:
-    option = next((o for o in case.options if o.level == level), None)
-    if option is None:
-        known = ", ".join(o.level for o in case.options) or "empty"
+    row = case.columns.index.get(level)
+    if row is None:
+        known = ", ".join(case.columns.index) or "empty"
         return case.reject("unknown_level", f"{level} is not in the ladder ({known}).")  # (1a)
+    option = case.option(row)
     if option.barrier in REFUSED_PINS:
         reason = sentences.refused(option, case.policy.name)
         retry = _tried_again_in(option) if option.barrier == "failed" else None
         return case.reject(REFUSED_PINS[option.barrier], reason, retry=retry)  # (1a)
     if option.facts.loadable:
-        return case.serve(option, "pinned")  # (1b); the pool makes room or refuses
+        return case.serve(row, "pinned")  # (1b); the pool makes room or refuses
     if option.barrier == "draining":
         reason = f"{level} is {BARRIERS['draining']}."
         return case.reject("busy", reason, retry=RETRY_SECONDS[0])  # (1c)
-    if case.on_miss == "reject" or not case.within_wait(option):
-        return _to_build(case, option)  # (1d)
-    return case.wait(option, "pinned")  # (1d)
+    if case.on_miss == "reject" or not case.within_wait[row]:
+        return _to_build(case, row)  # (1d)
+    return case.wait(row, "pinned")  # (1d)
 
 
-def _missed(case: Case, later: list[Option], target: Option | None) -> Decision:
-    """No level fits now. `later`: the levels that would, `target`: the best of them."""
+def _missed(case: Case, target: int | None) -> Decision:
+    """No level fits now. `target`: the best of those that would fit once in memory."""
     if case.on_miss == "wait":
-        waitable = case.best(option for option in later if case.within_wait(option))
-        if waitable is not None and needs_build(waitable.facts):
+        waitable = first(case.later & case.within_wait, case.warm_order)
+        if waitable is not None and case.columns.unbuilt[waitable]:
             return case.wait(waitable, "waits")  # (4)
         if waitable is not None:
-            return case.serve(case.option(waitable.level), "cold")  # (4)
+            return case.serve(waitable, "cold")  # (4)
     if case.on_miss == "nearest":
-        near = case.nearest(option for option in case.honest() if option.facts.loadable)
+        near = case.nearest(case.honest & case.columns.loadable)
         if near is not None:
             return case.serve(near, "nearest", case.rescue(target))  # (5)
-        near = case.nearest(option for option in case.honest() if case.within_wait(option))
+        near = case.nearest(case.honest & case.within_wait)
         if near is not None:
             return case.wait(near, "waits")  # (6)
     return _reject(case, target)  # (7)
 
 
-def _reject(case: Case, target: Option | None) -> Decision:
-    under_way = target is not None and target.facts.state in (State.BUILDING, State.LOADING)
+def _reject(case: Case, target: int | None) -> Decision:
+    levels = case.snapshot.levels
+    under_way = target is not None and levels[target].state in (State.BUILDING, State.LOADING)
     if target is not None and (under_way or case.rescue(target) is not None):
         return _to_build(case, target)  # (7a)
     retry = _calm_in(case)
     if retry is not None:
-        return case.reject("busy", sentences.busy(case.options, retry), retry=retry)  # (7b)
+        running = sum(facts.stats.running + facts.stats.waiting for facts in levels)
+        return case.reject("busy", sentences.busy(running, retry), retry=retry)  # (7b)
     failed = min(case.failed(), key=_tried_again_in, default=None)
     if failed is not None:
         retry = _tried_again_in(failed)
         return case.reject("failed", sentences.failure(failed, retry), retry=retry)  # (7c)
     if target is not None:
         expected = case.policy.expected_requests
-        return case.reject(
-            "unmet", sentences.unpaid(target, case.seconds(target), expected)
-        )  # (7d)
-    near = case.nearest(option for option in case.options if not option.barrier)
-    return case.reject("unmet", sentences.unmet(near, len(case.options), case.bounds))  # (7d)
+        reason = sentences.unpaid(case.option(target), case.seconds(target), expected)
+        return case.reject("unmet", reason)  # (7d)
+    row = case.nearest(case.open)
+    near = None if row is None else case.option(row)
+    return case.reject("unmet", sentences.unmet(near, len(levels), case.bounds))  # (7d)
 
 
-def _to_build(case: Case, option: Option) -> Decision:
-    seconds = max(RETRY_SECONDS[0], case.seconds(option))
-    reason = sentences.to_build(option, seconds)
-    return case.reject("building", reason, retry=seconds, prepare=option)
+def _to_build(case: Case, row: int) -> Decision:
+    seconds = max(RETRY_SECONDS[0], case.seconds(row))
+    reason = sentences.to_build(case.option(row), seconds)
+    return case.reject("building", reason, retry=seconds, prepare=row)
 
 
 def _tried_again_in(failed: Option) -> float:
@@ -153,30 +153,12 @@ def _tried_again_in(failed: Option) -> float:
 def _calm_in(case: Case) -> float | None:
     """Seconds until the load that keeps every level from fitting may have passed; None: it is not
     the load."""
-    calm = Case.of(case.ask, case.policy, _idle(case.snapshot), case.predict)
-    fits = {
-        option.level
-        for option in (*calm.options, *once_ready(calm.options, calm.bounds))
-        if option.fits and option.facts.loadable
-    }
+    calm = Case(case.ask, case.policy, case.snapshot, case.said.calm())
+    then = (calm.fits | calm.later) & calm.columns.loadable
     waits = [
-        (now.predicted.ttft_ms - then.predicted.ttft_ms) / 1000.0
-        for now, then in zip(case.options, calm.options, strict=True)
-        if now.level in fits and (now.broken or now.barrier in PASSING)
+        (case.said.ttft_ms.item(row) - calm.said.ttft_ms.item(row)) / 1000.0
+        for row in then.nonzero()[0].tolist()
+        if not case.fits[row] and case.barrier(row) in ("", *PASSING)
     ]
     low, high = RETRY_SECONDS
     return min(high, max(low, min(waits))) if waits else None
-
-
-def _idle(snapshot: LadderSnapshot) -> LadderSnapshot:
-    """The same ladder with nobody using it."""
-    levels = tuple(
-        replace(
-            facts,
-            stats=EngineStats(),
-            leases=0,
-            state=State.STORED if facts.state is State.DRAINING else facts.state,
-        )
-        for facts in snapshot.levels
-    )
-    return replace(snapshot, levels=levels, host_running=0, host_waiting_prompt_tokens=0)

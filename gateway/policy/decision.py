@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 from gateway.policy.budget import Budget, Objective, Sla
-from gateway.policy.predictor import Prediction
+from gateway.policy.prediction import Prediction, Predictions
 from gateway.variants.variant import LadderSnapshot, State
 
 Action = Literal["serve", "wait", "reject"]
@@ -16,7 +16,7 @@ Code = Literal[
     "fits", "nearest", "cold", "waits", "pinned",  # served or waited for
     "building", "busy", "unmet", "unknown_level", "not_allowed", "failed", "too_large",  # rejected
 ]  # fmt: skip
-Predict = Callable[[int, int, LadderSnapshot], Sequence[Prediction]]
+Predict = Callable[[int, int, LadderSnapshot], Predictions]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,19 +1,19 @@
-"""Judges every level of a ladder against the bounds of one request. Pure."""
+"""Judges every level of a ladder against a policy and the bounds of one request. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, cast
 
-from gateway.policy.budget import Bounds, Costs, excess
-from gateway.policy.objective import Option
+import numpy as np
+
+from gateway.policy.budget import Bounds, Budget, Costs
+from gateway.policy.columns import Codes, Columns, Floats, Mask
 from gateway.policy.policy import Policy
-from gateway.policy.predictor import Prediction
+from gateway.policy.prediction import Prediction, Predictions
 from gateway.variants.variant import LadderSnapshot, LevelFacts, State
-
-UNKNOWN_BUILD_SECONDS: Final = 60.0  # for a card that does not say
 
 # Why a level cannot be used whatever it costs.
 BARRIERS: Final[Mapping[str, str]] = MappingProxyType(
@@ -27,10 +27,9 @@ BARRIERS: Final[Mapping[str, str]] = MappingProxyType(
     }
 )
 PASSING: Final = frozenset({"draining", "host_memory"})  # barriers that time removes
-
-
-def needs_build(facts: LevelFacts) -> bool:
-    return facts.state in (State.ABSENT, State.BUILDING)
+_NAMES: Final = ("", *BARRIERS)
+_CODES: Final = MappingProxyType({name: code for code, name in enumerate(_NAMES)})
+_MEMO: Final = 64  # policies whose standing is kept per ladder
 
 
 def costs(facts: LevelFacts, predicted: Prediction) -> Costs:
@@ -45,89 +44,139 @@ def costs(facts: LevelFacts, predicted: Prediction) -> Costs:
     )
 
 
-def judge(
-    bounds: Bounds, policy: Policy, snapshot: LadderSnapshot, predictions: Sequence[Prediction]
-) -> tuple[Option, ...]:
-    """One option per level, in ladder order. Loading counts in a level's times, building does not:
-    an absent level is judged as it will be once it is in memory."""
-    ranks = {level: rank for rank, level in enumerate(policy.levels)}
-    room = _room(snapshot)
-    options = []
-    for index, (facts, prediction) in enumerate(zip(snapshot.levels, predictions, strict=True)):
-        predicted = prediction.warmed() if needs_build(facts) else prediction
-        options.append(
-            Option(
-                facts=facts,
-                predicted=predicted,
-                broken=excess(bounds, costs(facts, predicted)),
-                rank=ranks.get(facts.level, len(ranks) + index),
-                barrier=_barrier(facts, policy, snapshot.for_weights[0], room),
+@dataclass(frozen=True, slots=True, eq=False)
+class Standing:
+    """A ladder under one policy, as long as neither changes.
+
+    Attributes:
+        barrier: code of what bars each level, room beside the levels in use left out; 0: nothing.
+        free: nothing bars it.
+        rank: the policy's order of preference.
+    """
+
+    policy: Policy
+    budget: Budget
+    barrier: Codes
+    free: Mask
+    rank: Floats
+
+    @classmethod
+    def of(cls, columns: Columns, policy: Policy, weight_budget: int) -> Standing:
+        """From the columns' memo; policies are told apart by identity, which is quick and safe:
+        the memo keeps them alive."""
+        key = (id(policy), weight_budget)
+        known = columns.memo.get(key)
+        if known is None:
+            if len(columns.memo) >= _MEMO:
+                columns.memo.clear()
+            barrier = _barriers(columns, policy, weight_budget)
+            ranks = {level: rank for rank, level in enumerate(policy.levels)}
+            rank = np.array(
+                [
+                    ranks.get(facts.level, len(ranks) + row)
+                    for row, facts in enumerate(columns.levels)
+                ],
+                dtype=np.float64,
             )
-        )
-    return tuple(options)
+            known = columns.memo[key] = cls(policy, policy.budget, barrier, barrier == 0, rank)
+        return cast(Standing, known)
+
+    def name(self, row: int, crowded: bool) -> str:
+        """The barrier of a level by name; `crowded`: it finds no room beside the levels in use."""
+        code = self.barrier.item(row)
+        return _NAMES[code] if code or not crowded else "host_memory"
 
 
-def once_ready(options: Iterable[Option], bounds: Bounds) -> list[Option]:
-    """The options not in memory yet that keep every bound once they are, priced as they will be."""
-    ready = []
-    for option in options:
-        if option.barrier or option.facts.state is State.READY:
-            continue
-        predicted = option.predicted.warmed()
-        if predicted is option.predicted:
-            if not option.broken:
-                ready.append(option)
-        elif not excess(bounds, costs(option.facts, predicted)):
-            ready.append(replace(option, predicted=predicted, broken={}))
-    return ready
+def _barriers(columns: Columns, policy: Policy, weight_budget: int) -> Codes:
+    levels = columns.levels
+    listed = [not policy.levels or facts.level in policy.levels for facts in levels]
+    absent = [facts.state is State.ABSENT and not policy.build for facts in levels]
+    failed = [facts.state is State.FAILED for facts in levels]
+    return np.select(
+        [
+            ~np.array(listed, dtype=np.bool_),
+            ~columns.in_memory & (columns.resident > weight_budget),
+            np.array(failed, dtype=np.bool_),
+            columns.draining,
+            np.array(absent, dtype=np.bool_),
+        ],
+        [_CODES[name] for name in ("levels", "too_large", "failed", "draining", "not_built")],
+        0,
+    ).astype(np.int8)
 
 
-def prepare_seconds(facts: LevelFacts, snapshot: LadderSnapshot) -> float:
-    """Expected seconds until the level is in memory: builds before it, its build, its load."""
-    if facts.state is State.READY:
-        return 0.0
-    seconds = facts.card.load_seconds
-    if needs_build(facts):
-        seconds += _build_seconds(facts)
-        seconds += sum(
-            _build_seconds(other)
-            for other in snapshot.levels
-            if other.state is State.BUILDING and facts.state is State.ABSENT
-        )
-    return seconds
-
-
-def _build_seconds(facts: LevelFacts) -> float:
-    seconds = facts.card.build_seconds
-    return seconds if seconds > 0 else UNKNOWN_BUILD_SECONDS
-
-
-def _room(snapshot: LadderSnapshot) -> int:
-    """Bytes a new level may take: what weights may take less what cannot be unloaded for it.
+def roomy(said: Predictions, snapshot: LadderSnapshot) -> Mask:
+    """The levels for which there is room beside those in use; in memory, their bytes count as used
+    already.
 
     Only idle levels of this ladder count as unloadable. Whatever else is taken stays taken: levels
     in use, levels on their way in or out, and everything of other models, whose leases a snapshot
     does not tell (the pool may find more room than this, hardly less).
     """
     budget, used = snapshot.for_weights
-    idle = sum(
-        facts.card.resident_bytes
-        for facts in snapshot.levels
-        if facts.state is State.READY and not facts.leases
-    )
-    return max(0, budget - max(0, used - idle))
+    room = max(0, budget - max(0, used - said.idle_bytes))
+    return said.columns.in_memory | (said.columns.resident <= room)
 
 
-def _barrier(facts: LevelFacts, policy: Policy, weight_budget: int, room: int) -> str:
-    if policy.levels and facts.level not in policy.levels:
-        return "levels"
-    resident = facts.card.resident_bytes
-    in_memory = facts.state in (State.READY, State.LOADING, State.DRAINING)
-    if not in_memory and resident > weight_budget:
-        return "too_large"
-    if facts.state in (State.FAILED, State.DRAINING):
-        return facts.state.value
-    if facts.state is State.ABSENT and not policy.build:
-        return "not_built"
-    # In memory, its bytes count as used already.
-    return "" if in_memory or resident <= room else "host_memory"
+class Limits:
+    """The bounds of one request over all levels."""
+
+    __slots__ = ("bounds", "hard", "said", "times")
+
+    def __init__(self, bounds: Bounds, said: Predictions) -> None:
+        self.bounds = bounds
+        self.said = said
+        self.times = [(name, bound) for name, bound in bounds if name in _TIMES]
+        hard: Mask | None = None
+        for name, bound in bounds:
+            if name not in _TIMES:
+                kept = self._kept(name, bound, said.ttft_ms, said.latency_ms)
+                hard = kept if hard is None else hard & kept
+        self.hard = hard
+        """The levels that keep the hard bounds (memory, quality); None: there are none."""
+
+    def kept(self, mask: Mask, ttft_ms: Floats, latency_ms: Floats) -> Mask:
+        """Those of `mask` that keep every bound, with these times."""
+        if self.hard is not None:
+            mask = mask & self.hard
+        for name, bound in self.times:
+            mask = mask & self._kept(name, bound, ttft_ms, latency_ms)
+        return mask
+
+    def broken(self, ttft_ms: Floats, latency_ms: Floats) -> tuple[Floats, Floats]:
+        """(number of bounds broken, their relative excess in all) per level; see
+        `budget.excess`."""
+        count = np.zeros(len(self.said))
+        total = np.zeros(len(self.said))
+        for name, bound in self.bounds:
+            value = self._value(name, ttft_ms, latency_ms)
+            over = bound - value if name == "min_agreement" else value - bound
+            beyond = ~(over <= 0)
+            with np.errstate(over="ignore"):
+                share = over / bound if bound else np.full(len(over), np.inf)
+            count += beyond
+            total += np.where(beyond, np.where(over < np.inf, share, np.inf), 0.0)
+        return count, total
+
+    def _kept(self, name: str, bound: float, ttft_ms: Floats, latency_ms: Floats) -> Mask:
+        """NaN keeps no bound."""
+        value = self._value(name, ttft_ms, latency_ms)
+        return value >= bound if name == "min_agreement" else value <= bound
+
+    def _value(self, name: str, ttft_ms: Floats, latency_ms: Floats) -> Floats:
+        match name:
+            case "ttft_ms":
+                return ttft_ms
+            case "tpot_ms":
+                return self.said.tpot_ms
+            case "latency_ms":
+                return latency_ms
+            case "memory_mb":
+                return self.said.memory_mb
+            case "max_ppl_ratio":
+                return self.said.columns.ratio
+            case _:
+                return self.said.columns.agreement
+
+
+_TIMES: Final = frozenset({"ttft_ms", "tpot_ms", "latency_ms"})

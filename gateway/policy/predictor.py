@@ -9,64 +9,24 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from gateway.policy.prediction import Prediction, Predictions
+from gateway.policy.present import MAX_MS, Present
 from gateway.variants.card import Card
-from gateway.variants.variant import LadderSnapshot, LevelFacts, State
+from gateway.variants.variant import LadderSnapshot, LevelFacts
 
 Kind = Literal["ttft", "tpot"]
 
 GUESSED_TPOT_MS: Final = 30.0  # for a card without rates: any guess, the first answers correct it
 GUESSED_PREFILL_MS: Final = 1.0  # per prompt token
-CHUNK_TOKENS: Final = 256  # prompt tokens between two turns of other work on the same cores
-MAX_MS: Final = 3.6e9  # keeps absurd inputs finite
 
 _RATE: Final = 0.2  # weight of the newest observation: 99 % of a change is learned in 20
 _STEP: Final = math.log(4)  # one observation counts as at most 4x off: an outlier is only a nudge
 _LIMIT: Final = math.log(100)  # a factor stays within 1/100 … 100
 _WINDOW: Final = 256  # measured/predicted ratios kept per level for quantiles
 _MAX_LEVELS: Final = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Predicted costs of one request at one level. Times in ms, memory in MB (10^6 bytes).
-
-    `latency_ms` is for all of `max_tokens`, so it is an upper view: answers that stop early are
-    faster. `load_ms` is the part of `ttft_ms` (and so of `latency_ms`) spent loading or building
-    the level; `*_factor` are the learned corrections already applied to the rest.
-    """
-
-    ttft_ms: float
-    tpot_ms: float
-    latency_ms: float
-    memory_mb: float
-    load_ms: float = 0.0
-    ttft_factor: float = 1.0
-    tpot_factor: float = 1.0
-
-    def warmed(self) -> Prediction:
-        """The same request once the level is in memory."""
-        return self if self.load_ms == 0.0 else self.delayed(-self.load_ms)
-
-    def delayed(self, ms: float) -> Prediction:
-        """The same request after `ms` more of building or loading."""
-        return replace(
-            self,
-            ttft_ms=self.ttft_ms + ms,
-            latency_ms=self.latency_ms + ms,
-            load_ms=self.load_ms + ms,
-        )
-
-    def numbers(self) -> dict[str, float]:
-        """The four costs, rounded for people and JSON."""
-        return {
-            "ttft_ms": round(self.ttft_ms, 1),
-            "tpot_ms": round(self.tpot_ms, 2),
-            "latency_ms": round(self.latency_ms, 1),
-            "memory_mb": round(self.memory_mb, 2),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +80,7 @@ class _Track:
 
     card: Card
     prefill_ms: float
+    load_ms: float
     ttft: _Correction = field(default_factory=_Correction)
     tpot: _Correction = field(default_factory=_Correction)
     steps: dict[int, float] = field(default_factory=dict)
@@ -133,33 +94,34 @@ class _Track:
             step = self.steps[batch] = _clean(self.card.tpot_ms(batch), GUESSED_TPOT_MS)
         return step
 
+    def factors(self) -> tuple[float, float]:
+        return self.ttft.factor, self.tpot.factor
+
 
 class Predictor:
     """Predictions for a whole ladder at once, and the learning behind them. Bounded state."""
 
     def __init__(self) -> None:
         self._tracks: OrderedDict[tuple[str, str], _Track] = OrderedDict()
+        self._present: dict[str, Present] = {}  # by model; holds no model whose tracks are gone
 
     @property
     def levels_known(self) -> int:
         """How many levels have learned state; the oldest are forgotten beyond a fixed number."""
         return len(self._tracks)
 
-    def predict(
-        self, prompt_tokens: int, max_tokens: int, snapshot: LadderSnapshot
-    ) -> tuple[Prediction, ...]:
+    def predict(self, prompt_tokens: int, max_tokens: int, snapshot: LadderSnapshot) -> Predictions:
         """One prediction per level of `snapshot`, in its order; always finite and never negative.
 
         The model: levels take turns on the same cores, so a step of one lasts as long as a step of
         every level that has work; prompts wait for the prompts before them at their level and share
         the cores with prompts of other levels; when all slots are taken, a sequence must end first.
         """
-        tracks = [self._track(snapshot.model, facts) for facts in snapshot.levels]
-        load = _Load.of(snapshot, tracks)
-        return tuple(
-            _predict(facts, track, load, (prompt_tokens, max_tokens))
-            for facts, track in zip(snapshot.levels, tracks, strict=True)
-        )
+        present = self._present.get(snapshot.model)
+        if present is None or not present.follow(snapshot.levels):
+            tracks = [self._track(snapshot.model, facts) for facts in snapshot.levels]
+            present = self._present[snapshot.model] = Present(snapshot.levels, tracks)
+        return present.predict(prompt_tokens, max_tokens, snapshot)
 
     def observe(
         self,
@@ -182,6 +144,8 @@ class Predictor:
             track.ttft.learn(ttft_ms, predicted.ttft_ms, predicted.ttft_factor)
         if tpot_ms is not None:
             track.tpot.learn(tpot_ms, predicted.tpot_ms, predicted.tpot_factor)
+        if (present := self._present.get(model)) is not None:
+            present.learned(level)
 
     def error(self, model: str, level: str) -> PredictionError:
         """The running error of one level."""
@@ -211,82 +175,13 @@ class Predictor:
         if track is not None and (track.card is facts.card or track.card == facts.card):
             return track
         prefill_ms = _clean(facts.card.prefill_ms(1), GUESSED_PREFILL_MS)
-        track = self._tracks[key] = _Track(facts.card, prefill_ms)
+        load_ms = _clean(1000.0 * facts.card.load_seconds, 0.0)
+        track = self._tracks[key] = _Track(facts.card, prefill_ms, load_ms)
         self._tracks.move_to_end(key)
         while len(self._tracks) > _MAX_LEVELS:
-            self._tracks.popitem(last=False)
+            (forgotten, _), _ = self._tracks.popitem(last=False)
+            self._present.pop(forgotten, None)
         return track
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """Work of the whole host at one moment, computed once for all levels."""
-
-    step_ms: float  # one decode step of every level of this ladder that has running sequences
-    prompt_ms: float  # prompts of this ladder not yet prefilled
-    other_running: int  # sequences of other models
-    other_prompt_tokens: int
-
-    @classmethod
-    def of(cls, snapshot: LadderSnapshot, tracks: list[_Track]) -> _Load:
-        step = prompt = 0.0
-        running = tokens = 0
-        for facts, track in zip(snapshot.levels, tracks, strict=True):
-            stats = facts.stats
-            if stats.running:
-                step += track.step_ms(stats.running)
-                running += stats.running
-            if stats.waiting_prompt_tokens:
-                prompt += stats.waiting_prompt_tokens * track.prefill_ms
-                tokens += stats.waiting_prompt_tokens
-        return cls(
-            step,
-            prompt,
-            max(0, snapshot.host_running - running),
-            max(0, snapshot.host_waiting_prompt_tokens - tokens),
-        )
-
-
-def _predict(facts: LevelFacts, track: _Track, load: _Load, size: tuple[int, int]) -> Prediction:
-    prompt_tokens, max_tokens = size
-    stats = facts.stats
-    batch = stats.running + stats.waiting + 1
-    if facts.max_running:
-        batch = min(batch, facts.max_running)
-    own_step = track.step_ms(batch)
-    decoding = track.step_ms(stats.running) if stats.running else 0.0
-    others = max(0.0, load.step_ms - decoding)
-    if load.other_running:
-        others += track.step_ms(load.other_running)
-    raw_tpot = own_step + others
-
-    # A forward pass over a few tokens costs no less than a decode step.
-    queued = stats.waiting_prompt_tokens
-    work = max((queued + prompt_tokens) * track.prefill_ms, own_step)
-    elsewhere = load.prompt_ms + (load.other_prompt_tokens - queued) * track.prefill_ms
-    turns = math.ceil((queued + prompt_tokens) / CHUNK_TOKENS)
-    raw_ttft = work + min(work, max(0.0, elsewhere)) + turns * (others + decoding)
-    if facts.max_running and stats.running >= facts.max_running:
-        # All slots taken: everybody waiting, and this one, needs a running sequence to end.
-        mean_left = stats.remaining_tokens / (stats.running + stats.waiting)
-        raw_ttft += (stats.waiting + 1) * mean_left * raw_tpot / stats.running
-
-    load_ms = 0.0
-    if facts.state is not State.READY:
-        load_ms = _clean(1000.0 * facts.card.load_seconds, 0.0)
-    ttft_factor, tpot_factor = track.ttft.factor, track.tpot.factor
-    ttft = load_ms + min(MAX_MS, raw_ttft * ttft_factor)
-    tpot = min(MAX_MS, raw_tpot * tpot_factor)
-    kv_bytes = facts.kv_bytes_per_token * (prompt_tokens + max_tokens)
-    return Prediction(
-        ttft_ms=ttft,
-        tpot_ms=tpot,
-        latency_ms=ttft + max(0, max_tokens - 1) * tpot,
-        memory_mb=(facts.card.resident_bytes + kv_bytes) / 1e6,
-        load_ms=load_ms,
-        ttft_factor=ttft_factor,
-        tpot_factor=tpot_factor,
-    )
 
 
 def _usable(value: float) -> bool:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
 from gateway.policy.budget import Bounds, Costs, Objective
-from gateway.policy.judge import BARRIERS, costs, needs_build
+from gateway.policy.columns import needs_build
+from gateway.policy.judge import BARRIERS, costs
 from gateway.policy.objective import PRAISE, Option
 from gateway.variants.variant import State
 
@@ -27,17 +28,14 @@ _UNITS: Final[Mapping[str, str]] = MappingProxyType(
 )
 
 
-def served(
-    code: str, option: Option, objective: Objective, options: Sequence[Option], bounds: Bounds
-) -> str:
-    """Why `option` serves."""
+def served(code: str, option: Option, objective: Objective, fitting: int, bounds: Bounds) -> str:
+    """Why `option` serves; `fitting`: how many levels would fit, itself among them."""
     guess = "estimated " if not option.facts.card.measured else ""
     numbers = _numbers(option, objective)
     if code == "pinned":
         tail = f", although its {_broken(option, bounds)}" if option.broken else ""
         return f"{option.level} was asked for by name ({guess}{numbers}){tail}."
     if code == "fits":
-        fitting = sum(o.fits and o.facts.loadable for o in options)
         of = f"the {fitting} levels that keep the budget" if bounds else f"all {fitting} levels"
         if fitting == 1:
             return f"{option.level} is the only usable level that fits ({guess}{numbers})."
@@ -66,8 +64,8 @@ def to_build(option: Option, seconds: float) -> str:
     return f"{option.level} has to be {how} first (about {_seconds(seconds)})."
 
 
-def busy(options: Sequence[Option], retry: float) -> str:
-    running = sum(o.facts.stats.running + o.facts.stats.waiting for o in options)
+def busy(running: int, retry: float) -> str:
+    """`running`: sequences on all levels."""
     return (
         f"No level keeps the budget under the present load ({running} sequences); "
         f"one could in about {_seconds(retry)}."
@@ -121,17 +119,21 @@ def verdict(option: Option, bounds: Bounds, build_seconds: float) -> str:
     return "fits"
 
 
-def relaxed(bounds: Bounds, broken: Mapping[str, float], have: Costs) -> dict[str, float]:
-    """`bounds` with the broken ones moved to what `have` keeps, rounded outwards."""
+def relaxed(bounds: Bounds, broken: Mapping[str, float], have: Costs) -> dict[str, float] | None:
+    """`bounds` with the broken ones moved to what `have` keeps, rounded outwards; None when no
+    number keeps one of them (a level whose quality is not finite)."""
     met: dict[str, float] = {}
     for name, bound in bounds:
+        value = getattr(have, name)
         if name not in broken:
             met[name] = bound
+        elif not math.isfinite(value):
+            return None
         elif name == "min_agreement":
-            met[name] = math.floor(getattr(have, name) * 1e4) / 1e4
+            met[name] = math.floor(value * 1e4) / 1e4
         else:
             digits = 1e4 if name == "max_ppl_ratio" else 10.0
-            met[name] = math.ceil(getattr(have, name) * digits) / digits
+            met[name] = math.ceil(value * digits) / digits
     return met
 
 

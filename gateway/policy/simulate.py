@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from gateway.engine.base import EngineStats
-from gateway.policy.judge import UNKNOWN_BUILD_SECONDS
+from gateway.policy.columns import UNKNOWN_BUILD_SECONDS
 from gateway.policy.predictor import GUESSED_PREFILL_MS, GUESSED_TPOT_MS
 from gateway.variants.variant import LadderSnapshot, LevelFacts, State
 

@@ -9,10 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.policy.budget import Budget, Costs, excess
-from gateway.policy.judge import judge
 from gateway.policy.objective import gain
-from gateway.policy.policy import Policy
-from gateway.policy.predictor import Predictor
 from tests.policy.ladders import CARDS, choose, ladder, with_level
 
 budgets = st.builds(
@@ -64,10 +61,16 @@ def test_a_level_of_unknown_quality_keeps_no_quality_bound() -> None:
     assert choose(snapshot, tpot_ms=7).level == "int4"
 
 
-def test_gain_is_relative_to_the_better_and_zero_otherwise() -> None:
-    snapshot = ladder()
-    judged = judge((), Policy(name="p"), snapshot, Predictor().predict(100, 100, snapshot))
-    options = {option.level: option for option in judged}
-    assert gain("memory", options["int4"], options["bf16"]) == pytest.approx(34.2 / 12.2 - 1)
-    assert gain("memory", options["bf16"], options["int4"]) == 0
-    assert gain("memory", options["bf16"], options["bf16"]) == 0
+@pytest.mark.parametrize(
+    ("better", "worse", "expected"),
+    [
+        pytest.param((12.2, 1.0), (34.2, 1.0), 34.2 / 12.2 - 1, id="relative to the better"),
+        pytest.param((34.2, 1.0), (12.2, 1.0), 0.0, id="it is worse"),
+        pytest.param((1.0, 10.0), (1.0, 30.0), 2.0, id="the first cost that differs"),
+        pytest.param((1.0, 10.0), (1.0, 10.0), 0.0, id="equal"),
+        pytest.param((0.0,), (3.0,), 100.0, id="nothing against something"),
+        pytest.param((1.0,), (math.inf,), 100.0, id="bounded"),
+    ],
+)
+def test_gain(better: tuple[float, ...], worse: tuple[float, ...], expected: float) -> None:
+    assert gain(better, worse) == pytest.approx(expected)

@@ -1,0 +1,576 @@
+"""The decision written level by level, in plain Python: the oracle of the columnar one.
+
+It follows the tree of `gateway.policy.decide` and the model of `Predictor.predict` with one object
+per level and no arrays. Words are shared with the real one (`sentences`), numbers are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gateway.engine.base import EngineStats
+from gateway.policy import sentences
+from gateway.policy.budget import HARD, Bounds, Budget, Objective, OnMiss, excess
+from gateway.policy.decide import REFUSED_PINS, RETRY_SECONDS
+from gateway.policy.decision import Action, Ask, Code, Decision, Verdict
+from gateway.policy.judge import BARRIERS, PASSING, costs
+from gateway.policy.objective import Key, Option
+from gateway.policy.policy import Policy
+from gateway.policy.prediction import Prediction
+from gateway.policy.predictor import Predictor
+from gateway.policy.present import CHUNK_TOKENS, MAX_MS
+from gateway.variants.variant import LadderSnapshot, LevelFacts, State
+
+UNKNOWN_BUILD_SECONDS = 60.0
+
+
+class ScalarPredictor(Predictor):
+    """Learns as the real one does, and predicts level by level."""
+
+    def each(
+        self, prompt_tokens: int, max_tokens: int, snapshot: LadderSnapshot
+    ) -> tuple[Prediction, ...]:
+        tracks = [self._track(snapshot.model, facts) for facts in snapshot.levels]
+        load = _Load.of(snapshot, tracks)
+        return tuple(
+            _predict(facts, track, load, (prompt_tokens, max_tokens))
+            for facts, track in zip(snapshot.levels, tracks, strict=True)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """Work of the whole host at one moment, computed once for all levels."""
+
+    step_ms: float  # one decode step of every level of this ladder that has running sequences
+    prompt_ms: float  # prompts of this ladder not yet prefilled
+    other_running: int  # sequences of other models
+    other_prompt_tokens: int
+
+    @classmethod
+    def of(cls, snapshot: LadderSnapshot, tracks: Sequence[Any]) -> _Load:
+        step = prompt = 0.0
+        running = tokens = 0
+        for facts, track in zip(snapshot.levels, tracks, strict=True):
+            stats = facts.stats
+            if stats.running:
+                step += track.step_ms(stats.running)
+                running += stats.running
+            if stats.waiting_prompt_tokens:
+                prompt += stats.waiting_prompt_tokens * track.prefill_ms
+                tokens += stats.waiting_prompt_tokens
+        return cls(
+            step,
+            prompt,
+            max(0, snapshot.host_running - running),
+            max(0, snapshot.host_waiting_prompt_tokens - tokens),
+        )
+
+
+def _predict(facts: LevelFacts, track: Any, load: _Load, size: tuple[int, int]) -> Prediction:
+    prompt_tokens, max_tokens = size
+    stats = facts.stats
+    batch = stats.running + stats.waiting + 1
+    if facts.max_running:
+        batch = min(batch, facts.max_running)
+    own_step = track.step_ms(batch)
+    decoding = track.step_ms(stats.running) if stats.running else 0.0
+    others = max(0.0, load.step_ms - decoding)
+    if load.other_running:
+        others += track.step_ms(load.other_running)
+    raw_tpot = own_step + others
+
+    # A forward pass over a few tokens costs no less than a decode step.
+    queued = stats.waiting_prompt_tokens
+    work = max((queued + prompt_tokens) * track.prefill_ms, own_step)
+    elsewhere = load.prompt_ms + (load.other_prompt_tokens - queued) * track.prefill_ms
+    turns = math.ceil((queued + prompt_tokens) / CHUNK_TOKENS)
+    raw_ttft = work + min(work, max(0.0, elsewhere)) + turns * (others + decoding)
+    if facts.max_running and stats.running >= facts.max_running:
+        # All slots taken: everybody waiting, and this one, needs a running sequence to end.
+        mean_left = stats.remaining_tokens / (stats.running + stats.waiting)
+        raw_ttft += (stats.waiting + 1) * mean_left * raw_tpot / stats.running
+
+    load_ms = 0.0
+    if facts.state is not State.READY:
+        load_ms = track.load_ms
+    ttft_factor, tpot_factor = track.ttft.factor, track.tpot.factor
+    ttft = load_ms + min(MAX_MS, raw_ttft * ttft_factor)
+    tpot = min(MAX_MS, raw_tpot * tpot_factor)
+    kv_bytes = facts.kv_bytes_per_token * (prompt_tokens + max_tokens)
+    return Prediction(
+        ttft_ms=ttft,
+        tpot_ms=tpot,
+        latency_ms=ttft + max(0, max_tokens - 1) * tpot,
+        memory_mb=(facts.card.resident_bytes + kv_bytes) / 1e6,
+        load_ms=load_ms,
+        ttft_factor=ttft_factor,
+        tpot_factor=tpot_factor,
+    )
+
+
+def needs_build(facts: LevelFacts) -> bool:
+    return facts.state in (State.ABSENT, State.BUILDING)
+
+
+def judge(
+    bounds: Bounds, policy: Policy, snapshot: LadderSnapshot, predictions: Sequence[Prediction]
+) -> tuple[Option, ...]:
+    """One option per level, in ladder order. Loading counts in a level's times, building does not:
+    an absent level is judged as it will be once it is in memory."""
+    ranks = {level: rank for rank, level in enumerate(policy.levels)}
+    room = _room(snapshot)
+    options = []
+    for index, (facts, prediction) in enumerate(zip(snapshot.levels, predictions, strict=True)):
+        predicted = prediction.warmed() if needs_build(facts) else prediction
+        options.append(
+            Option(
+                facts=facts,
+                predicted=predicted,
+                broken=excess(bounds, costs(facts, predicted)),
+                rank=ranks.get(facts.level, len(ranks) + index),
+                barrier=_barrier(facts, policy, snapshot.for_weights[0], room),
+            )
+        )
+    return tuple(options)
+
+
+def once_ready(options: Iterable[Option], bounds: Bounds) -> list[Option]:
+    """The options not in memory yet that keep every bound once they are, priced as they will be."""
+    ready = []
+    for option in options:
+        if option.barrier or option.facts.state is State.READY:
+            continue
+        predicted = option.predicted.warmed()
+        if predicted is option.predicted:
+            if not option.broken:
+                ready.append(option)
+        elif not excess(bounds, costs(option.facts, predicted)):
+            ready.append(replace(option, predicted=predicted, broken={}))
+    return ready
+
+
+def prepare_seconds(facts: LevelFacts, snapshot: LadderSnapshot) -> float:
+    """Expected seconds until the level is in memory: builds before it, its build, its load."""
+    if facts.state is State.READY:
+        return 0.0
+    seconds = facts.card.load_seconds
+    if needs_build(facts):
+        seconds += _build_seconds(facts)
+        seconds += sum(
+            _build_seconds(other)
+            for other in snapshot.levels
+            if other.state is State.BUILDING and facts.state is State.ABSENT
+        )
+    return seconds
+
+
+def _build_seconds(facts: LevelFacts) -> float:
+    seconds = facts.card.build_seconds
+    return seconds if seconds > 0 else UNKNOWN_BUILD_SECONDS
+
+
+def _room(snapshot: LadderSnapshot) -> int:
+    """Bytes a new level may take: what weights may take less what cannot be unloaded for it.
+
+    Only idle levels of this ladder count as unloadable. Whatever else is taken stays taken: levels
+    in use, levels on their way in or out, and everything of other models, whose leases a snapshot
+    does not tell (the pool may find more room than this, hardly less).
+    """
+    budget, used = snapshot.for_weights
+    idle = sum(
+        facts.card.resident_bytes
+        for facts in snapshot.levels
+        if facts.state is State.READY and not facts.leases
+    )
+    return max(0, budget - max(0, used - idle))
+
+
+def _barrier(facts: LevelFacts, policy: Policy, weight_budget: int, room: int) -> str:
+    if policy.levels and facts.level not in policy.levels:
+        return "levels"
+    resident = facts.card.resident_bytes
+    in_memory = facts.state in (State.READY, State.LOADING, State.DRAINING)
+    if not in_memory and resident > weight_budget:
+        return "too_large"
+    if facts.state in (State.FAILED, State.DRAINING):
+        return facts.state.value
+    if facts.state is State.ABSENT and not policy.build:
+        return "not_built"
+    # In memory, its bytes count as used already.
+    return "" if in_memory or resident <= room else "host_memory"
+
+
+def loss(option: Option) -> float:
+    """`Card.loss` in steps of 0.1 %: closer levels cannot be told apart by the texts at hand, and
+    noise must not send everybody to a slower level."""
+    exact = option.facts.card.loss
+    return exact if math.isinf(exact) else round(exact, 3)
+
+
+def _quality(option: Option) -> Key:
+    # Of equals the smaller: the momentarily quicker would spread one class of requests over
+    # several levels, which then slow each other down.
+    return (loss(option), option.predicted.memory_mb, option.predicted.latency_ms)
+
+
+def _latency(option: Option) -> Key:
+    return (option.predicted.latency_ms, loss(option), option.predicted.memory_mb)
+
+
+def _memory(option: Option) -> Key:
+    return (option.predicted.memory_mb, loss(option), option.predicted.latency_ms)
+
+
+def _throughput(option: Option) -> Key:
+    rates = option.facts.card.decode_tokens_per_s.values()
+    rate = max((rate for rate in rates if rate > 0), default=0.0)
+    ms_per_token = 1000.0 / rate if rate else math.inf
+    return (ms_per_token, loss(option), option.predicted.latency_ms)
+
+
+OBJECTIVES = {
+    "quality": _quality,
+    "latency": _latency,
+    "memory": _memory,
+    "throughput": _throughput,
+}
+
+
+def key(objective: Objective, option: Option) -> Key:
+    """Total order of options: the objective's costs, then the policy's preference."""
+    return (*OBJECTIVES[objective](option), option.rank)
+
+
+def gain(objective: Objective, better: Option, worse: Option) -> float:
+    """How much cheaper `better` is in the first cost that differs, relative; 0 when it is not."""
+    pairs = zip(OBJECTIVES[objective](better), OBJECTIVES[objective](worse), strict=True)
+    for low, high in pairs:
+        if low != high:
+            return min(100.0, max(0.0, high / low - 1.0)) if low > 0 else 100.0 * (low < high)
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One request under one policy on one ladder, every level judged."""
+
+    ask: Ask
+    policy: Policy
+    snapshot: LadderSnapshot
+    predictor: ScalarPredictor
+    budget: Budget
+    bounds: Bounds
+    objective: Objective
+    on_miss: OnMiss
+    options: tuple[Option, ...]
+
+    @classmethod
+    def of(
+        cls, ask: Ask, policy: Policy, snapshot: LadderSnapshot, predictor: ScalarPredictor
+    ) -> Case:
+        budget = ask.sla.intersect(policy.budget)
+        bounds = budget.bounds()
+        predictions = predictor.each(ask.prompt_tokens, ask.max_tokens, snapshot)
+        return cls(
+            ask=ask,
+            policy=policy,
+            snapshot=snapshot,
+            predictor=predictor,
+            budget=budget,
+            bounds=bounds,
+            objective=ask.sla.objective or policy.objective,
+            on_miss=ask.sla.on_miss or policy.on_miss,
+            options=judge(bounds, policy, snapshot, predictions),
+        )
+
+    # -- choosing ---------------------------------------------------------------------------------
+
+    def key(self, option: Option) -> Key:
+        return key(self.objective, option)
+
+    def option(self, level: str) -> Option:
+        return next(option for option in self.options if option.level == level)
+
+    def best(self, options: Iterable[Option]) -> Option | None:
+        return min(options, key=self.key, default=None)
+
+    def nearest(self, options: Iterable[Option]) -> Option | None:
+        """Fewest bounds broken, then by the least in all, then the best."""
+        return min(
+            options,
+            key=lambda o: (len(o.broken), _total(o.broken.values()), self.key(o)),
+            default=None,
+        )
+
+    def honest(self) -> list[Option]:
+        """Options that keep the hard bounds."""
+        return [o for o in self.options if not o.barrier and not HARD & o.broken.keys()]
+
+    def failed(self) -> list[Option]:
+        """Failed options that a refusal is to be blamed on: but for the failure they would keep
+        what has to be kept (`nearest`: the hard bounds), or nothing else can be used at all."""
+        failed = [option for option in self.options if option.barrier == "failed"]
+        if all(option.barrier for option in self.options):
+            return failed
+        needed = HARD if self.on_miss == "nearest" else frozenset(dict(self.bounds))
+        return [
+            option
+            for option in failed
+            if not needed
+            & excess(self.bounds, costs(option.facts, option.predicted.warmed())).keys()
+        ]
+
+    def seconds(self, option: Option) -> float:
+        return prepare_seconds(option.facts, self.snapshot)
+
+    def delayed(self, option: Option) -> Prediction:
+        """What a caller that waits for the option to be prepared gets."""
+        return option.predicted.warmed().delayed(1000.0 * self.seconds(option))
+
+    def within_wait(self, option: Option) -> bool:
+        return 1000.0 * self.seconds(option) <= self.policy.wait_ms
+
+    def worth_waiting(self, option: Option, best: Option | None) -> bool:
+        """The build breaks no promise, and what it brings is more than a tie-break."""
+        return (
+            needs_build(option.facts)
+            and self.within_wait(option)
+            and not excess(self.bounds, costs(option.facts, self.delayed(option)))
+            and (best is None or self.key(option)[0] < self.key(best)[0])
+        )
+
+    def improvement(self, target: Option | None, best: Option) -> Option | None:
+        """`target`, if preparing it is worth it although `best` fits."""
+        if target is None or target.level == best.level or self.key(target) >= self.key(best):
+            return None
+        worth = gain(self.objective, target, best) * best.predicted.warmed().latency_ms / 1000.0
+        return target if self.pays(target, worth) else None
+
+    def rescue(self, target: Option | None) -> Option | None:
+        """`target`, if preparing it is worth it because nothing fits."""
+        if target is None:
+            return None
+        return target if self.pays(target, target.predicted.latency_ms / 1000.0) else None
+
+    def pays(self, target: Option, seconds_per_request: float) -> bool:
+        return self.policy.expected_requests * seconds_per_request > self.seconds(target)
+
+    def fitting(self) -> int:
+        return sum(o.fits and o.facts.loadable for o in self.options)
+
+    # -- answering --------------------------------------------------------------------------------
+
+    def serve(self, option: Option, code: Code, prepare: Option | None = None) -> Decision:
+        reason = sentences.served(code, option, self.objective, self.fitting(), self.bounds)
+        if prepare is not None:
+            reason = sentences.preparing(reason, prepare, self.seconds(prepare))
+        decision = self._decision("serve", code, reason, option.predicted)
+        build, warm = _preparation(prepare)
+        return replace(
+            decision, level=option.level, build=build, warm=warm, misses=tuple(option.broken)
+        )
+
+    def wait(self, option: Option, code: Code) -> Decision:
+        predicted = self.delayed(option)
+        reason = sentences.waits(option, self.seconds(option))
+        broken = excess(self.bounds, costs(option.facts, predicted))
+        decision = self._decision("wait", code, reason, predicted)
+        return replace(decision, build=option.level, misses=tuple(broken))
+
+    def reject(
+        self, code: Code, reason: str, *, retry: float | None = None, prepare: Option | None = None
+    ) -> Decision:
+        build, warm = _preparation(prepare)
+        return replace(
+            self._decision("reject", code, reason, None),
+            retry_after_s=retry,
+            build=build,
+            warm=warm,
+            could_meet=self.could_meet(),
+        )
+
+    def could_meet(self) -> dict[str, float] | None:
+        """The bounds, each relaxed as far as the nearest loadable level needs; rounded outwards."""
+        if self.ask.pinned_level is not None or not self.bounds:
+            return None
+        near = self.nearest(o for o in self.options if o.facts.loadable and not o.barrier)
+        if near is None:
+            return None
+        return sentences.relaxed(self.bounds, near.broken, costs(near.facts, near.predicted))
+
+    def _decision(
+        self, action: Action, code: Code, reason: str, predicted: Prediction | None
+    ) -> Decision:
+        return Decision(
+            policy=self.policy.name,
+            budget=self.budget,
+            objective=self.objective,
+            action=action,
+            level=None,
+            build=None,
+            reason=reason,
+            predicted=predicted,
+            retry_after_s=None,
+            could_meet=None,
+            code=code,
+            judge=self._verdicts,
+        )
+
+    def _verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(self._verdict(option) for option in self.options)
+
+    def _verdict(self, option: Option) -> Verdict:
+        seconds = self.seconds(option) if needs_build(option.facts) else 0.0
+        return Verdict(
+            level=option.level,
+            state=option.facts.state,
+            ok=option.fits,
+            why=sentences.verdict(option, self.bounds, seconds),
+            predicted=option.predicted,
+            estimated=not option.facts.card.measured,
+            misses=(*option.broken, *((option.barrier,) if option.barrier else ())),
+        )
+
+
+def _preparation(option: Option | None) -> tuple[str | None, str | None]:
+    """(level to build, level to load) in the background; work under way needs no second order."""
+    if option is None:
+        return None, None
+    return (
+        option.level if option.facts.state is State.ABSENT else None,
+        option.level if option.facts.state is State.STORED else None,
+    )
+
+
+def _total(values: Iterable[float]) -> float:
+    """Left to right: `sum` compensates its rounding since Python 3.12."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
+
+
+def decide(
+    ask: Ask, policy: Policy, snapshot: LadderSnapshot, predictor: ScalarPredictor
+) -> Decision:
+    case = Case.of(ask, policy, snapshot, predictor)
+    if ask.pinned_level is not None:
+        return _pinned(case, ask.pinned_level)  # (1)
+
+    best = case.best(option for option in case.options if option.fits and option.facts.loadable)
+    later = once_ready(case.options, case.bounds)
+    if case.on_miss == "wait":
+        better = case.best(option for option in later if case.worth_waiting(option, best))
+        if better is not None:
+            return case.wait(better, "waits")  # (2)
+    target = case.best(later)
+    if best is not None:
+        return case.serve(best, "fits", case.improvement(target, best))  # (3)
+    return _missed(case, later, target)  # (4)-(7)
+
+
+def _pinned(case: Case, level: str) -> Decision:
+    option = next((o for o in case.options if o.level == level), None)
+    if option is None:
+        known = ", ".join(o.level for o in case.options) or "empty"
+        return case.reject("unknown_level", f"{level} is not in the ladder ({known}).")  # (1a)
+    if option.barrier in REFUSED_PINS:
+        reason = sentences.refused(option, case.policy.name)
+        retry = _tried_again_in(option) if option.barrier == "failed" else None
+        return case.reject(REFUSED_PINS[option.barrier], reason, retry=retry)  # (1a)
+    if option.facts.loadable:
+        return case.serve(option, "pinned")  # (1b); the pool makes room or refuses
+    if option.barrier == "draining":
+        reason = f"{level} is {BARRIERS['draining']}."
+        return case.reject("busy", reason, retry=RETRY_SECONDS[0])  # (1c)
+    if case.on_miss == "reject" or not case.within_wait(option):
+        return _to_build(case, option)  # (1d)
+    return case.wait(option, "pinned")  # (1d)
+
+
+def _missed(case: Case, later: list[Option], target: Option | None) -> Decision:
+    """No level fits now. `later`: the levels that would, `target`: the best of them."""
+    if case.on_miss == "wait":
+        waitable = case.best(option for option in later if case.within_wait(option))
+        if waitable is not None and needs_build(waitable.facts):
+            return case.wait(waitable, "waits")  # (4)
+        if waitable is not None:
+            return case.serve(case.option(waitable.level), "cold")  # (4)
+    if case.on_miss == "nearest":
+        near = case.nearest(option for option in case.honest() if option.facts.loadable)
+        if near is not None:
+            return case.serve(near, "nearest", case.rescue(target))  # (5)
+        near = case.nearest(option for option in case.honest() if case.within_wait(option))
+        if near is not None:
+            return case.wait(near, "waits")  # (6)
+    return _reject(case, target)  # (7)
+
+
+def _reject(case: Case, target: Option | None) -> Decision:
+    under_way = target is not None and target.facts.state in (State.BUILDING, State.LOADING)
+    if target is not None and (under_way or case.rescue(target) is not None):
+        return _to_build(case, target)  # (7a)
+    retry = _calm_in(case)
+    if retry is not None:
+        return case.reject("busy", sentences.busy(_sequences(case), retry), retry=retry)  # (7b)
+    failed = min(case.failed(), key=_tried_again_in, default=None)
+    if failed is not None:
+        retry = _tried_again_in(failed)
+        return case.reject("failed", sentences.failure(failed, retry), retry=retry)  # (7c)
+    if target is not None:
+        expected = case.policy.expected_requests
+        return case.reject(
+            "unmet", sentences.unpaid(target, case.seconds(target), expected)
+        )  # (7d)
+    near = case.nearest(option for option in case.options if not option.barrier)
+    return case.reject("unmet", sentences.unmet(near, len(case.options), case.bounds))  # (7d)
+
+
+def _to_build(case: Case, option: Option) -> Decision:
+    seconds = max(RETRY_SECONDS[0], case.seconds(option))
+    reason = sentences.to_build(option, seconds)
+    return case.reject("building", reason, retry=seconds, prepare=option)
+
+
+def _tried_again_in(failed: Option) -> float:
+    return max(RETRY_SECONDS[0], failed.facts.retry_s)
+
+
+def _calm_in(case: Case) -> float | None:
+    """Seconds until the load that keeps every level from fitting may have passed; None: it is not
+    the load."""
+    calm = Case.of(case.ask, case.policy, _idle(case.snapshot), case.predictor)
+    fits = {
+        option.level
+        for option in (*calm.options, *once_ready(calm.options, calm.bounds))
+        if option.fits and option.facts.loadable
+    }
+    waits = [
+        (now.predicted.ttft_ms - then.predicted.ttft_ms) / 1000.0
+        for now, then in zip(case.options, calm.options, strict=True)
+        if now.level in fits and (now.broken or now.barrier in PASSING)
+    ]
+    low, high = RETRY_SECONDS
+    return min(high, max(low, min(waits))) if waits else None
+
+
+def _idle(snapshot: LadderSnapshot) -> LadderSnapshot:
+    """The same ladder with nobody using it."""
+    levels = tuple(
+        replace(
+            facts,
+            stats=EngineStats(),
+            leases=0,
+            state=State.STORED if facts.state is State.DRAINING else facts.state,
+        )
+        for facts in snapshot.levels
+    )
+    return replace(snapshot, levels=levels, host_running=0, host_waiting_prompt_tokens=0)
+
+
+def _sequences(case: Case) -> int:
+    return sum(o.facts.stats.running + o.facts.stats.waiting for o in case.options)
