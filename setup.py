@@ -16,7 +16,7 @@ setup(
             sources=[f"{KERNELS}/native.cpp"],
             depends=[
                 f"{KERNELS}/{name}.h"
-                for name in ("common", "grouped", "int8", "bf16", "float8", "kv")
+                for name in ("common", "gemm_int8", "grouped", "int8", "bf16", "float8", "kv")
             ],
             language="c++",
             extra_compile_args=["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-fopenmp"],

@@ -84,6 +84,8 @@ INLINE __m512 load(const void* from, int64_t i, bool bf16, __mmask16 keep) {
 }
 
 INLINE void store(void* to, int64_t i, bool bf16, __mmask16 keep, __m512 v) {
+  bool whole = keep == 0xffff;  // a masked store takes many times as long
+  if (!bf16 && whole) return _mm512_storeu_ps((float*)to + i, v);
   if (!bf16) return _mm512_mask_storeu_ps((float*)to + i, keep, v);
   __m512i u = _mm512_castps_si512(v);  // round to nearest even; a NaN stays one
   __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -91,6 +93,7 @@ INLINE void store(void* to, int64_t i, bool bf16, __mmask16 keep, __m512 v) {
   __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   up = _mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x400000));
   __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(up, 16));
+  if (whole) return _mm256_storeu_si256((__m256i*)((uint16_t*)to + i), half);
   _mm256_mask_storeu_epi16((uint16_t*)to + i, keep, half);
 }
 

@@ -1,6 +1,7 @@
 // Weights in integer codes (layout vnni16) times activations quantized on the fly to int8.
 #pragma once
 #include "common.h"
+#include "gemm_int8.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma")
@@ -8,28 +9,31 @@ namespace {
 
 // ---- activations -----------------------------------------------------------------------------
 
-struct Quantized {  // rows of int8 codes; per part of a row: its scale and the sum of its codes
-  int8_t* codes;
-  float *scales, *sums;
-  int64_t stride, parts;
-};
-
-void quantize_row(const Grouped& w, const void* x, bool bf16, const Quantized& to, int64_t row) {
-  thread_local std::vector<float> scratch;
-  scratch.resize(to.stride);
-  float* v = scratch.data();
+INLINE void read_row(const Grouped& w, const void* x, bool bf16, float* v, int64_t stride) {
   if (w.columns) {
-    for (int64_t p = 0; p < to.stride; p++) {
+    for (int64_t p = 0; p < stride; p++) {
       int32_t c = at<int32_t>(w.columns, p);
       uint32_t bits = 0;
       if (c >= 0) bits = bf16 ? (uint32_t)at<uint16_t>(x, c) << 16 : at<uint32_t>(x, c);
       memcpy(v + p, &bits, 4);
     }
-  } else {
-    for (int64_t p = 0; p < to.stride; p += 16)
-      _mm512_storeu_ps(v + p, load(x, p, bf16, lanes(w.k - p)));
+    return;
   }
-  int64_t part = row * to.parts;
+  for (int64_t p = 0; p < stride; p += 16)
+    _mm512_storeu_ps(v + p, load(x, p, bf16, lanes(w.k - p)));
+}
+
+// Row `row` of `rows` as codes, each part of at most PART columns of a group with its own scale.
+void quantize_row(const Grouped& w, const void* x, bool bf16, const Quantized& to, int64_t row,
+                  int64_t rows) {
+  thread_local std::vector<float> scratch;
+  scratch.resize(to.stride);
+  float* v = scratch.data();
+  read_row(w, x, bf16, v, to.stride);
+  int64_t lot = row / LOT * LOT, part = 0;
+  int r = row - lot, size = lot_size(rows - lot);
+  int8_t* codes = to.codes + lot * to.stride;
+  float *scales = to.scales + lot * to.parts + r, *sums = to.sums + lot * to.parts + r;
   for (int64_t start = 0; start < to.stride; start += w.width)
     for (int64_t p = start; p < start + w.width; part++) {
       int64_t end = p + PART < start + w.width ? p + PART : start + w.width;
@@ -45,10 +49,10 @@ void quantize_row(const Grouped& w, const void* x, bool bf16, const Quantized& t
       for (int64_t i = p; i < end; i += 16) {
         __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(v + i), inverse));
         sum = _mm512_add_epi32(sum, q);
-        _mm_storeu_si128((__m128i*)(to.codes + row * to.stride + i), _mm512_cvtepi32_epi8(q));
+        put_codes(codes, size, r, i, _mm512_cvtepi32_epi8(q));
       }
-      to.scales[part] = most / 127.f + _mm512_reduce_add_ps(poison);
-      to.sums[part] = (float)_mm512_reduce_add_epi32(sum);
+      scales[part * size] = most / 127.f + _mm512_reduce_add_ps(poison);
+      sums[part * size] = (float)_mm512_reduce_add_epi32(sum);
       p = end;
     }
 }
@@ -97,10 +101,6 @@ INLINE __m512 zero_points_of(const Grouped& w, int64_t i) {
   return BITS == NESTED_BITS ? _mm512_fmadd_ps(zero, eight, eight) : zero;
 }
 
-INLINE __m512i broadcast(const int8_t* four) {
-  return _mm512_set1_epi32(at<int32_t>(four, 0));
-}
-
 template <int BITS>
 INLINE void planes_of(const Grouped& w, int64_t block, const uint8_t** planes) {
   constexpr int LAST = BITS == NESTED_BITS ? NESTED_BITS - 8 : 0;  // two planes of four
@@ -108,100 +108,133 @@ INLINE void planes_of(const Grouped& w, int64_t block, const uint8_t** planes) {
     planes[p] = w.planes[p] + block * w.groups * w.width * 2 * widest(left);
 }
 
-INLINE void prefetch(const uint8_t* at, int bytes) {
-#pragma GCC unroll 4
-  for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char*)at + 2048 + i, _MM_HINT_T0);
-}
-
-// Operands I.. of one step, each with the same four columns of MT activation rows. (Recursion and
-// not a loop over a lambda: a lambda does not inherit the instruction set.)
-template <int BITS, int MT, int CHAINS, int I>
-INLINE void multiply(const uint8_t* const* planes, int64_t c, const int8_t* codes, int64_t stride,
-                     __m512i (&acc)[MT][CHAINS]) {
-  __m512i v = operand<BITS, I>(planes, c);
+// Operands I.. of one step of B blocks, each with the same four columns of MT rows of activations.
+// (Recursion and not a loop over a lambda: a lambda does not inherit the instruction set.)
+template <int BITS, int B, int MT, int CHAINS, int I>
+INLINE void multiply(const uint8_t* const (&planes)[B][3], int64_t c, const int8_t* codes,
+                     __m512i (&acc)[CHAINS][B][MT]) {
+  __m512i v[B];
+#pragma GCC unroll 2
+  for (int b = 0; b < B; b++) v[b] = operand<BITS, I>(planes[b], c);
 #pragma GCC unroll 16
   for (int m = 0; m < MT; m++) {
-    __m512i& sum = acc[m][I % CHAINS];
-    sum = _mm512_dpbusd_epi32(sum, v, broadcast(codes + m * stride + 4 * I));
+    __m512i four = broadcast(codes + (c + 4 * I) * MT + 4 * m);
+#pragma GCC unroll 2
+    for (int b = 0; b < B; b++) dot4(acc[I % CHAINS][b][m], v[b], four);
   }
   if constexpr (4 * (I + 1) < step(BITS))
-    multiply<BITS, MT, CHAINS, I + 1>(planes, c, codes, stride, acc);
+    multiply<BITS, B, MT, CHAINS, I + 1>(planes, c, codes, acc);
 }
 
-// One block of 16 weight rows times MT activation rows.
-template <int BITS, int MT>
-void tile(const Grouped& w, int64_t block, const Quantized& x, int64_t row, void* out, bool bf16) {
-  constexpr int CHAINS = MT == 1 ? 4 : MT < 4 ? 2 : 1;  // independent sums hide vpdpbusd's latency
-  const uint8_t* planes[3];
-  planes_of<BITS>(w, block, planes);
-  const int8_t* codes = x.codes + row * x.stride;
-  const float *scales = x.scales + row * x.parts, *sums = x.sums + row * x.parts;
-  __m512 total[MT];
+// What the blocks' next columns are read from; past their end, the first of the blocks after them.
+template <int BITS, int B>
+INLINE void prefetch(const Grouped& w, const uint8_t* const (&planes)[B][3], int64_t c) {
+  constexpr int AHEAD = 2048, WIDE = 2 * widest(BITS);
+  int64_t whole = w.groups * w.width * WIDE, at = c * WIDE + AHEAD;
+  if (B > 1 && at >= whole) at += whole;
+#pragma GCC unroll 2
+  for (int b = 0; b < B; b++)
+#pragma GCC unroll 4
+    for (int i = 0; i < step(BITS) * WIDE; i += 64) {
+      _mm_prefetch((const char*)planes[b][0] + at + i, _MM_HINT_T0);
+      if (BITS == NESTED_BITS) _mm_prefetch((const char*)planes[b][1] + at + i, _MM_HINT_T0);
+    }
+}
+
+INLINE __m512 scales_of(const Grouped& w, int64_t index) {
+  __m256i half = _mm256_loadu_si256((const __m256i*)(w.scales + index * BLOCK));
+  return _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(w.scale));
+}
+
+// B blocks of 16 weight rows times a lot of MT activation rows, of which `rows` are stored. Where
+// there is no second block the first stands in for it.
+template <int BITS, int B, int MT>
+void tile(const Grouped& w, int64_t block, const Lot& x, void* out, int64_t rows, bool bf16) {
+  constexpr int CHAINS = B * MT > 4 ? 1 : B * MT > 1 ? 2 : 4;  // they hide vpdpbusd's latency
+  int64_t next = (block + 1) * BLOCK < w.n, part = 0;
+  const uint8_t* planes[B][3];
+  for (int b = 0; b < B; b++) planes_of<BITS>(w, block + b * next, planes[b]);
+  __m512 total[B][MT];
+#pragma GCC unroll 2
+  for (int b = 0; b < B; b++)
 #pragma GCC unroll 16
-  for (int m = 0; m < MT; m++) total[m] = _mm512_setzero_ps();
-  int64_t part = 0;
+    for (int m = 0; m < MT; m++) total[b][m] = _mm512_setzero_ps();
   for (int64_t g = 0; g < w.groups; g++) {
-    int64_t index = block * w.groups + g, stop = (g + 1) * w.width;
-    __m256i half = _mm256_loadu_si256((const __m256i*)(w.scales + index * BLOCK));
-    __m512 scale = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(w.scale));
-    __m512 zero = zero_points_of<BITS>(w, index);
+    int64_t stop = (g + 1) * w.width;
     for (int64_t c = g * w.width; c < stop; part++) {
       int64_t end = c + PART < stop ? c + PART : stop;
-      __m512i acc[MT][CHAINS];
-#pragma GCC unroll 16
-      for (int m = 0; m < MT; m++)
-        for (int i = 0; i < CHAINS; i++) acc[m][i] = _mm512_setzero_si512();
+      __m512i acc[CHAINS][B][MT];
+#pragma GCC unroll 24
+      for (int i = 0; i < CHAINS * B * MT; i++)
+        acc[i / (B * MT)][i / MT % B][i % MT] = _mm512_setzero_si512();
       for (; c < end; c += step(BITS)) {
-        if (MT == 1) prefetch(planes[0] + c * 2 * widest(BITS), step(BITS) * 2 * widest(BITS));
-        if (MT == 1 && BITS == NESTED_BITS) prefetch(planes[1] + c * 8, step(BITS) * 8);
-        multiply<BITS, MT, CHAINS, 0>(planes, c, codes + c, x.stride, acc);
+        prefetch<BITS>(w, planes, c);
+        multiply<BITS, B, MT, CHAINS, 0>(planes, c, x.codes, acc);
       }
+#pragma GCC unroll 2
+      for (int b = 0; b < B; b++) {
+        int64_t index = (block + b * next) * w.groups + g;
+        __m512 scale = scales_of(w, index), zero = zero_points_of<BITS>(w, index);
 #pragma GCC unroll 16
-      for (int m = 0; m < MT; m++) {
-        for (int i = 1; i < CHAINS; i++) acc[m][0] = _mm512_add_epi32(acc[m][0], acc[m][i]);
-        __m512 sum = _mm512_set1_ps(sums[m * x.parts + part]);
-        __m512 dot = _mm512_fnmadd_ps(zero, sum, _mm512_cvtepi32_ps(acc[m][0]));
-        __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(scales[m * x.parts + part]));
-        total[m] = _mm512_fmadd_ps(dot, both, total[m]);
+        for (int m = 0; m < MT; m++) {
+          for (int i = 1; i < CHAINS; i++) acc[0][b][m] = _mm512_add_epi32(acc[0][b][m], acc[i][b][m]);
+          __m512 sum = _mm512_set1_ps(x.sums[part * MT + m]);
+          __m512 dot = _mm512_fnmadd_ps(zero, sum, _mm512_cvtepi32_ps(acc[0][b][m]));
+          __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[part * MT + m]));
+          total[b][m] = _mm512_fmadd_ps(dot, both, total[b][m]);
+        }
       }
     }
   }
-  __mmask16 keep = lanes(w.n - block * BLOCK);
-  __m512 bias = _mm512_setzero_ps();
-  if (w.bias) bias = _mm512_maskz_loadu_ps(keep, w.bias + block * BLOCK);
+#pragma GCC unroll 2
+  for (int b = 0; b < B; b++) {
+    int64_t first = (block + b * next) * BLOCK;
+    __mmask16 keep = lanes(w.n - first);
+    __m512 bias = _mm512_setzero_ps();
+    if (w.bias) bias = _mm512_maskz_loadu_ps(keep, w.bias + first);
 #pragma GCC unroll 16
-  for (int m = 0; m < MT; m++)
-    store(out, (row + m) * w.n + block * BLOCK, bf16, keep, _mm512_add_ps(total[m], bias));
+    for (int m = 0; m < MT; m++)
+      if (m < rows) store(out, m * w.n + first, bf16, keep, _mm512_add_ps(total[b][m], bias));
+  }
 }
 
-// The tile after MT: few enough sizes that the build takes seconds.
-constexpr int smaller(int mt) { return mt > 8 ? 8 : mt > 6 ? 6 : mt > 4 ? 4 : mt - 1; }
-
-template <int BITS, int MT>
-void tiles(const Grouped& w, int64_t block, const Quantized& x, int64_t rows, int64_t row,
-           void* out, bool bf16) {
-  for (; row + MT <= rows; row += MT) tile<BITS, MT>(w, block, x, row, out, bf16);
-  if constexpr (MT > 1) tiles<BITS, smaller(MT)>(w, block, x, rows, row, out, bf16);
+template <int BITS>
+void lots(const Grouped& w, int64_t block, const Quantized& x, int64_t rows, char* out, bool bf16) {
+  if (rows == 1) {  // a single stream of weights per thread
+    tile<BITS, 1, 1>(w, block, lot_of(x, 0), out, 1, bf16);
+    if ((block + 1) * BLOCK < w.n) tile<BITS, 1, 1>(w, block + 1, lot_of(x, 0), out, 1, bf16);
+    return;
+  }
+  using Kernel = void (*)(const Grouped&, int64_t, const Lot&, void*, int64_t, bool);
+  static constexpr Kernel of_size[] = {
+      nullptr, tile<BITS, 2, 1>, tile<BITS, 2, 2>, tile<BITS, 2, 3>, tile<BITS, 2, 4>, nullptr,
+      tile<BITS, 2, 6>, nullptr, tile<BITS, 2, 8>, nullptr, nullptr, nullptr, tile<BITS, 2, LOT>};
+  for (int64_t row = 0; row < rows; row += LOT) {
+    char* to = out + row * w.n * (bf16 ? 2 : 4);
+    of_size[lot_size(rows - row)](w, block, lot_of(x, row), to, rows - row, bf16);
+  }
 }
 
 template <int BITS>
 void grouped(const Grouped& w, const char* x, char* out, int64_t rows, bool bf16, int64_t threads) {
   thread_local std::vector<int8_t> codes;
   thread_local std::vector<float> floats;
-  int64_t size = bf16 ? 2 : 4, stride = w.groups * w.width;
-  int64_t parts = w.groups * ((w.width + PART - 1) / PART), most = rows < CHUNK ? rows : CHUNK;
+  int64_t size = bf16 ? 2 : 4, stride = w.groups * w.width, chunk = rows_at_once(stride);
+  int64_t parts = w.groups * ((w.width + PART - 1) / PART), most = rows < chunk ? rows : chunk;
+  most = (most + LOT - 1) / LOT * LOT;
   if ((int64_t)codes.size() < most * stride) codes.resize(most * stride);
   if ((int64_t)floats.size() < most * parts * 2) floats.resize(most * parts * 2);
   Quantized q{codes.data(), floats.data(), floats.data() + most * parts, stride, parts};
-  for (int64_t start = 0; start < rows; start += CHUNK) {
-    int64_t count = rows - start < CHUNK ? rows - start : CHUNK;
+  int64_t pairs = (w.n + PAIR * BLOCK - 1) / (PAIR * BLOCK);
+  for (int64_t start = 0; start < rows; start += chunk) {
+    int64_t count = rows - start < chunk ? rows - start : chunk;
     const char* from = x + start * w.k * size;
     char* to = out + start * w.n * size;
     parallel(count, stride * 16, threads, [&](int64_t a, int64_t b) {
-      for (int64_t m = a; m < b; m++) quantize_row(w, from + m * w.k * size, bf16, q, m);
+      for (int64_t m = a; m < b; m++) quantize_row(w, from + m * w.k * size, bf16, q, m, count);
     });
-    parallel((w.n + BLOCK - 1) / BLOCK, BLOCK * stride * count, threads, [&](int64_t a, int64_t b) {
-      for (int64_t block = a; block < b; block++) tiles<BITS, 12>(w, block, q, count, 0, to, bf16);
+    parallel(pairs, PAIR * BLOCK * stride * count, threads, [&](int64_t a, int64_t b) {
+      for (int64_t pair = a; pair < b; pair++) lots<BITS>(w, PAIR * pair, q, count, to, bf16);
     });
   }
 }
