@@ -5,18 +5,16 @@ Levels are rows of the ladder here; `option` makes a row into the noun that sent
 
 from __future__ import annotations
 
-from functools import cached_property
-
 import numpy as np
 
 from gateway.policy import sentences
 from gateway.policy.budget import HARD, excess
-from gateway.policy.columns import Floats, Mask, needs_build
+from gateway.policy.columns import Mask, Rows, needs_build
 from gateway.policy.decision import Action, Ask, Code, Decision, Verdict
 from gateway.policy.judge import Limits, Standing, costs, roomy
 from gateway.policy.objective import OBJECTIVES, Key, Option, Order, Prices, gain
 from gateway.policy.policy import Policy
-from gateway.policy.prediction import Prediction, Predictions
+from gateway.policy.prediction import Prediction, Predictions, Times
 from gateway.variants.variant import LadderSnapshot, State
 
 
@@ -29,7 +27,10 @@ class Case:
     Attributes:
         open: no barrier stands before the level.
         fits: open, and every bound is kept.
+        usable: fits without a build.
         later: not in memory yet, and fits once it is.
+        times, order: of using a level now, and by what the best is found; `warm_…`: the same once
+            it is in memory.
     """
 
     def __init__(
@@ -45,53 +46,33 @@ class Case:
         self.bounds = self.budget.bounds()
         self.objective = ask.sla.objective or policy.objective
         self.on_miss = ask.sla.on_miss or policy.on_miss
-        self.ttft_ms, self.latency_ms = said.ttft_ms, said.latency_ms
-        if columns.any_unbuilt:
-            building = np.where(columns.unbuilt, said.load_ms, 0.0)
-            self.ttft_ms = said.ttft_ms - building
-            self.latency_ms = said.latency_ms - building
         self.roomy = roomy(said, snapshot)
         self.open = self.standing.free & self.roomy
         self.limits = Limits(self.bounds, said)
-        self.fits = self.limits.kept(self.open, self.ttft_ms, self.latency_ms)
-
-    @cached_property
-    def warm_ttft_ms(self) -> Floats:
-        return self.said.ttft_ms - self.said.load_ms
-
-    @cached_property
-    def warm_latency_ms(self) -> Floats:
-        return self.said.latency_ms - self.said.load_ms
-
-    @cached_property
-    def later(self) -> Mask:
-        unready = self.open & self.columns.unready
-        return self.limits.kept(unready, self.warm_ttft_ms, self.warm_latency_ms)
-
-    @property
-    def usable(self) -> Mask:
-        """Fits without a build."""
-        return self.fits & self.columns.loadable
+        now, warm = said.times(), said.warm_times()
+        self.times, self.warm_times = now, warm
+        self.fits = self.limits.kept(self.open, now)
+        self.usable = self.fits & columns.loadable
+        self.later = self.limits.kept(self.open & columns.unready, warm)
+        self.order = self._order(now)
+        self.warm_order = self._order(warm)
 
     # -- choosing ---------------------------------------------------------------------------------
 
-    @cached_property
-    def order(self) -> Order:
-        """The objective's costs of using a level now, then the policy's preference."""
-        return self._order(self.latency_ms)
-
-    @cached_property
-    def warm_order(self) -> Order:
-        """The same once it is in memory."""
-        return self._order(self.warm_latency_ms)
-
-    def _order(self, latency_ms: Floats) -> Order:
-        of = OBJECTIVES[self.objective]
-        return (*of(Prices(self.columns, self.said.memory_mb, latency_ms)), self.standing.rank)
+    def _order(self, times: Times) -> Order:
+        """The objective's costs, then the policy's preference."""
+        prices = Prices(self.columns, self.said.memory_mb, times.latency_ms)
+        return (*OBJECTIVES[self.objective](prices), self.standing.rank)
 
     def nearest(self, mask: Mask) -> int | None:
         """Fewest bounds broken, then by the least in all, then the best."""
-        return first(mask, (*self.limits.broken(self.ttft_ms, self.latency_ms), *self.order))
+        rows = mask.nonzero()[0]
+        if len(rows) > 1:
+            count, total = self.limits.broken(rows, self.times)
+            fewest = count == count.min()
+            rows, total = rows[fewest], total[fewest]
+            rows = rows[total == total.min()]
+        return _first(rows, self.order)
 
     @property
     def honest(self) -> Mask:
@@ -120,7 +101,7 @@ class Case:
     def seconds(self, row: int) -> float:
         return self.columns.prepare_s.item(row)
 
-    @cached_property
+    @property
     def within_wait(self) -> Mask:
         return 1000.0 * self.columns.prepare_s <= self.policy.wait_ms
 
@@ -130,7 +111,7 @@ class Case:
         if not mask.any():
             return mask
         delay = 1000.0 * self.columns.prepare_s
-        mask = self.limits.kept(mask, self.warm_ttft_ms + delay, self.warm_latency_ms + delay)
+        mask = self.limits.kept(mask, self.warm_times.delayed(delay))
         return mask if best is None else mask & (self.warm_order[0] < self.order[0][best])
 
     def improvement(self, target: int | None, best: int) -> int | None:
@@ -140,14 +121,16 @@ class Case:
         mine, theirs = key(self.warm_order, target), key(self.order, best)
         if mine >= theirs:
             return None
-        worth = gain(mine[:-1], theirs[:-1]) * self.warm_latency_ms.item(best) / 1000.0
+        worth = gain(mine[:-1], theirs[:-1]) * self.warm_times.latency_ms.item(best) / 1000.0
         return target if self.pays(target, worth) else None
 
     def rescue(self, target: int | None) -> int | None:
         """`target`, if preparing it is worth it because nothing fits."""
         if target is None:
             return None
-        return target if self.pays(target, self.warm_latency_ms.item(target) / 1000.0) else None
+        return (
+            target if self.pays(target, self.warm_times.latency_ms.item(target) / 1000.0) else None
+        )
 
     def pays(self, target: int, seconds_per_request: float) -> bool:
         return self.policy.expected_requests * seconds_per_request > self.seconds(target)
@@ -284,15 +267,16 @@ class Case:
 
 def first(mask: Mask, order: Order) -> int | None:
     """The row of `mask` that comes first in `order`."""
-    rows = mask.nonzero()[0]
-    if not len(rows):
-        return None
+    return _first(mask.nonzero()[0], order)
+
+
+def _first(rows: Rows, order: Order) -> int | None:
     for column in order:
-        if len(rows) == 1:
+        if len(rows) < 2:
             break
         values = column[rows]
-        rows = rows[values == values.min()]
-    return int(rows[0])
+        rows = rows[values == values[values.argmin()]]
+    return int(rows[0]) if len(rows) else None
 
 
 def key(order: Order, row: int) -> Key:

@@ -22,6 +22,7 @@ from gateway.variants.variant import LevelFacts, State
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 Codes = NDArray[np.int8]
+Rows = NDArray[np.intp]
 
 UNKNOWN_BUILD_SECONDS: Final = 60.0  # for a card that does not say
 
@@ -70,7 +71,6 @@ class Columns:
         self.draining = self._in(State.DRAINING)
         self.loadable = self._in(State.READY, State.LOADING, State.STORED)
         self.unbuilt = self._in(State.ABSENT, State.BUILDING)
-        self.any_unbuilt = bool(self.unbuilt.any())
         self.in_memory = self._in(State.READY, State.LOADING, State.DRAINING)
         self.memo: dict[object, object] = {}  # what is derived from these columns and one policy
 

@@ -9,10 +9,10 @@ from typing import Final, cast
 
 import numpy as np
 
-from gateway.policy.budget import Bounds, Budget, Costs
-from gateway.policy.columns import Codes, Columns, Floats, Mask
+from gateway.policy.budget import HARD, Bounds, Budget, Costs
+from gateway.policy.columns import Codes, Columns, Floats, Mask, Rows
 from gateway.policy.policy import Policy
-from gateway.policy.prediction import Prediction, Predictions
+from gateway.policy.prediction import Prediction, Predictions, Times
 from gateway.variants.variant import LadderSnapshot, LevelFacts, State
 
 # Why a level cannot be used whatever it costs.
@@ -119,64 +119,69 @@ def roomy(said: Predictions, snapshot: LadderSnapshot) -> Mask:
 
 
 class Limits:
-    """The bounds of one request over all levels."""
+    """The bounds of one request over all levels.
 
-    __slots__ = ("bounds", "hard", "said", "times")
+    Attributes:
+        hard: the levels that keep the hard bounds (memory, quality); None when there are none.
+    """
+
+    __slots__ = ("_bounds", "_said", "_timed", "hard")
 
     def __init__(self, bounds: Bounds, said: Predictions) -> None:
-        self.bounds = bounds
-        self.said = said
-        self.times = [(name, bound) for name, bound in bounds if name in _TIMES]
-        hard: Mask | None = None
-        for name, bound in bounds:
-            if name not in _TIMES:
-                kept = self._kept(name, bound, said.ttft_ms, said.latency_ms)
-                hard = kept if hard is None else hard & kept
-        self.hard = hard
-        """The levels that keep the hard bounds (memory, quality); None: there are none."""
+        self._bounds = bounds
+        self._said = said
+        self._timed = [pair for pair in bounds if pair[0] not in HARD]
+        self.hard: Mask | None = None
+        if len(self._timed) < len(bounds):
+            for name, bound in bounds:
+                if name in HARD:
+                    kept = _keeps(name, bound, self._fixed(name))
+                    self.hard = kept if self.hard is None else self.hard & kept
 
-    def kept(self, mask: Mask, ttft_ms: Floats, latency_ms: Floats) -> Mask:
-        """Those of `mask` that keep every bound, with these times."""
+    def kept(self, mask: Mask, times: Times) -> Mask:
+        """Those of `mask` that keep every bound."""
         if self.hard is not None:
             mask = mask & self.hard
-        for name, bound in self.times:
-            mask = mask & self._kept(name, bound, ttft_ms, latency_ms)
+        for name, bound in self._timed:
+            mask = mask & (self._time(name, times) <= bound)
         return mask
 
-    def broken(self, ttft_ms: Floats, latency_ms: Floats) -> tuple[Floats, Floats]:
-        """(number of bounds broken, their relative excess in all) per level; see
-        `budget.excess`."""
-        count = np.zeros(len(self.said))
-        total = np.zeros(len(self.said))
-        for name, bound in self.bounds:
-            value = self._value(name, ttft_ms, latency_ms)
-            over = bound - value if name == "min_agreement" else value - bound
-            beyond = ~(over <= 0)
-            with np.errstate(over="ignore"):
-                share = over / bound if bound else np.full(len(over), np.inf)
-            count += beyond
-            total += np.where(beyond, np.where(over < np.inf, share, np.inf), 0.0)
+    def broken(self, rows: Rows, times: Times) -> tuple[Floats, Floats]:
+        """(how many bounds are broken, by how much in all) for some levels; see `budget.excess`."""
+        count, total = np.zeros(len(rows)), np.zeros(len(rows))
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            for name, bound in self._bounds:
+                value = self._value(name, times)[rows]
+                over = bound - value if name == "min_agreement" else value - bound
+                beyond = ~(over <= 0)
+                if beyond.any():
+                    count += beyond
+                    share = np.where(over < np.inf, over / bound, np.inf)
+                    total += np.where(beyond, share, 0.0)
         return count, total
 
-    def _kept(self, name: str, bound: float, ttft_ms: Floats, latency_ms: Floats) -> Mask:
-        """NaN keeps no bound."""
-        value = self._value(name, ttft_ms, latency_ms)
-        return value >= bound if name == "min_agreement" else value <= bound
+    def _value(self, name: str, times: Times) -> Floats:
+        return self._fixed(name) if name in HARD else self._time(name, times)
 
-    def _value(self, name: str, ttft_ms: Floats, latency_ms: Floats) -> Floats:
+    def _time(self, name: str, times: Times) -> Floats:
         match name:
             case "ttft_ms":
-                return ttft_ms
-            case "tpot_ms":
-                return self.said.tpot_ms
+                return times.ttft_ms
             case "latency_ms":
-                return latency_ms
-            case "memory_mb":
-                return self.said.memory_mb
-            case "max_ppl_ratio":
-                return self.said.columns.ratio
+                return times.latency_ms
             case _:
-                return self.said.columns.agreement
+                return self._said.tpot_ms
+
+    def _fixed(self, name: str) -> Floats:
+        match name:
+            case "memory_mb":
+                return self._said.memory_mb
+            case "max_ppl_ratio":
+                return self._said.columns.ratio
+            case _:
+                return self._said.columns.agreement
 
 
-_TIMES: Final = frozenset({"ttft_ms", "tpot_ms", "latency_ms"})
+def _keeps(name: str, bound: float, value: Floats) -> Mask:
+    """NaN keeps no bound."""
+    return value >= bound if name == "min_agreement" else value <= bound

@@ -45,7 +45,7 @@ class Option:
         return not self.broken and not self.barrier
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Prices:
     """What the objectives order by, for every level: facts, MB, and ms for all of the answer."""
 

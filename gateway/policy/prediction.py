@@ -50,6 +50,17 @@ class Prediction:
 
 
 @dataclass(slots=True, eq=False)
+class Times:
+    """The two times that a load or a build delays, for every level; ms."""
+
+    ttft_ms: Floats
+    latency_ms: Floats
+
+    def delayed(self, ms: Floats) -> Times:
+        return Times(self.ttft_ms + ms, self.latency_ms + ms)
+
+
+@dataclass(slots=True, eq=False)
 class Predictions(Sequence[Prediction]):
     """One prediction per level, in ladder order: arrays, and `Prediction` objects on demand.
 
@@ -57,6 +68,7 @@ class Predictions(Sequence[Prediction]):
 
     Attributes:
         columns: the facts of the same levels.
+        build_ms: `load_ms` of the levels that must be built first, 0 of the others.
         idle_bytes: resident bytes of ready levels that no request holds.
         calm: gives the same for a host on which nobody else is served.
     """
@@ -68,9 +80,18 @@ class Predictions(Sequence[Prediction]):
     latency_ms: Floats
     memory_mb: Floats
     load_ms: Floats
+    build_ms: Floats
     ttft_factor: Floats
     tpot_factor: Floats
     calm: Callable[[], Predictions]
+
+    def times(self) -> Times:
+        """Of use now; of levels that must be built first: once they are in memory."""
+        return Times(self.ttft_ms - self.build_ms, self.latency_ms - self.build_ms)
+
+    def warm_times(self) -> Times:
+        """Of use once the level is in memory."""
+        return Times(self.ttft_ms - self.load_ms, self.latency_ms - self.load_ms)
 
     def __len__(self) -> int:
         return len(self.columns)

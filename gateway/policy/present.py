@@ -44,7 +44,7 @@ class Track(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Busy:
     """A level with work. `full`: (sequences that must end first, mean tokens each has left,
     sequences running) when all its slots are taken."""
@@ -56,7 +56,7 @@ class _Busy:
     full: tuple[int, float, int] | None
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Load:
     """Work of the whole host at one moment. `own_ms`: a step of each level with one sequence more;
     `decoding_ms`: a step as it is; `queued`: its prompt tokens not yet prefilled."""
@@ -83,6 +83,7 @@ class Present:
         self._prefill = floats(track.prefill_ms for track in tracks)
         cold = (f.state is not State.READY for f in levels)
         self._load_ms = floats(t.load_ms * c for t, c in zip(tracks, cold, strict=True))
+        self._build_ms = np.where(self.columns.unbuilt, self._load_ms, 0.0)
         self._idle = self._steps_of(1)
         self._zeros = np.zeros(len(levels))
         self._own, self._decoding, self._queued = self._idle, self._zeros, self._zeros
@@ -197,6 +198,7 @@ class Present:
             latency_ms=ttft + max(0, max_tokens - 1) * tpot,
             memory_mb=(columns.resident + columns.kv * (prompt_tokens + max_tokens)) / 1e6,
             load_ms=self._load_ms,
+            build_ms=self._build_ms,
             ttft_factor=ttft_factor,
             tpot_factor=tpot_factor,
             calm=calm,
