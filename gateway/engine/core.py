@@ -1,16 +1,25 @@
 """The engine proper, synchronous: variants, their schedulers and runners, one step at a time.
 
 Owned and driven by one thread (`local` has the thread; tests drive it by hand), hence no locks. A
-step runs the next variant that has work, in turn: plan → run → sample → text → events. KV memory is
-split evenly over the distinct layouts of the loaded variants; variants of one layout share a pool.
+step runs the next variant that has work, in turn: plan → launch → land. Launching computes logits
+and picks tokens; landing reads the tokens and makes text and events of them. Where a runner can
+start from tokens that only its device knows (`AheadRunner`), a step lands after the next one was
+launched, so that the device never waits for the host (as vLLM's asynchronous scheduling and
+SGLang's overlapped one). A sequence that turns out to be over has then run one row too many, whose
+result is dropped and whose KV lies in blocks that only later launches may write.
+
+KV memory is split evenly over the distinct layouts of the loaded variants; variants of one layout
+share a pool.
 """
 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -21,23 +30,23 @@ from gateway.engine.base import (
     EngineError,
     EngineFailed,
     EngineStats,
-    FinishReason,
-    GenerationRequest,
     SequenceFailed,
     TokenEvent,
-    TokenLogprob,
 )
-from gateway.engine.grammar import Matcher
+from gateway.engine.device_sampler import upload
+from gateway.engine.draw import Draw, launch
+from gateway.engine.job import Job
 from gateway.engine.kv_cache import BlockPool
 from gateway.engine.kv_quant import make_pool
 from gateway.engine.runner import Model, forward_logits
 from gateway.engine.runners import StepRunner, make_runner
-from gateway.engine.sampler import RowState, Scored, sample, score
-from gateway.engine.scheduler import Chunk, Limits, Scheduler
+from gateway.engine.sampler import Scored
+from gateway.engine.scheduler import Limits, Scheduler
 from gateway.engine.scheduler import Sequence as Tokens
-from gateway.engine.text import TextStream
 from gateway.engine.tokenizer import Tokenizer
 from gateway.errors import ModelError, Unavailable
+
+__all__ = ["AheadRunner", "Core", "Event", "Job", "LocalOptions"]
 
 log = logging.getLogger(__name__)
 
@@ -58,36 +67,17 @@ class LocalOptions:
     prefix_cache: bool = True
 
 
-class Job:
-    """One request inside the engine."""
+class AheadRunner(StepRunner, Protocol):
+    """A runner whose calls only enqueue work on one stream of its device."""
 
-    def __init__(
-        self,
-        variant: str,
-        request: GenerationRequest,
-        tokenizer: Tokenizer,
-        matcher: Matcher | None = None,
-    ) -> None:
-        sampling = request.sampling
-        self.request = request
-        self.seq = Tokens(
-            variant=variant,
-            prompt_length=len(request.prompt),
-            max_tokens=sampling.max_tokens,
-            tokens=list(request.prompt),
-            no_reuse=request.prompt_logprobs,
-        )
-        self.row = RowState(sampling, request.prompt, matcher)
-        self.text = TextStream(tokenizer.decode, request.prompt, sampling.stop)
-        self.prompt_scores = [Scored(request.prompt[0])] if request.prompt_logprobs else []
-
-    @property
-    def scoring(self) -> bool:
-        """Prompt tokens are still to be scored."""
-        return self.request.prompt_logprobs and len(self.prompt_scores) < self.seq.prompt_length
+    def decode_from(self, batch: Sequence[Tokens], ids: Tensor) -> Tensor:
+        """`decode` with the sequences' last tokens from the device, `ids` int64 [batch]: some are
+        `scheduler.UNKNOWN` in the sequences themselves."""
+        ...
 
 
 Event = tuple[Job, TokenEvent | EngineError]
+MakeRunner = Callable[..., StepRunner]
 
 
 @dataclass(slots=True)
@@ -103,21 +93,40 @@ class _Group:
 
 @dataclass(slots=True)
 class _Variant:
+    name: str
     model: Model
     runner: StepRunner
-    tokenizer: Tokenizer
     group: _Group
     jobs: dict[int, Job] = field(default_factory=dict)  # by id of the job's sequence
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the next step may be launched before the tokens of the last one are read."""
+        return hasattr(self.runner, "decode_from") and not any(
+            job.row.lockstep for job in self.jobs.values()
+        )
+
+
+@dataclass(slots=True)
+class _Flight:
+    """A step that was launched: whose tokens it picks, in the order of its rows."""
+
+    variant: _Variant
+    jobs: list[Job]
+    draw: Draw
 
 
 class Core:
     """All variants of a process. Not thread-safe: one owner."""
 
-    def __init__(self, options: LocalOptions) -> None:
+    def __init__(self, options: LocalOptions, make: MakeRunner = make_runner) -> None:
+        """`make(model, pool, max_batch=…)` gives the runner of a variant."""
         self._options = options
+        self._make = make
         self._groups: dict[Layout, _Group] = {}
         self._variants: dict[str, _Variant] = {}
         self._order: list[str] = []  # whose turn it is, first first
+        self._flights: deque[_Flight] = deque()
         self._loads = count()
 
     @property
@@ -132,7 +141,7 @@ class Core:
 
     @property
     def busy(self) -> bool:
-        return any(variant.jobs for variant in self._variants.values())
+        return bool(self._flights) or any(variant.jobs for variant in self._variants.values())
 
     def attach(self, name: str, model: Model, tokenizer: Tokenizer) -> list[Event]:
         """Add a variant; returns failures of sequences that a smaller pool can no longer hold.
@@ -143,12 +152,13 @@ class Core:
         """
         if name in self._variants:
             raise ModelError(f"{name} is already loaded")
-        events: list[Event] = []
+        events = self._land(0)
         group = self._groups.get(model.layout)
         if group is None:
-            group, events = self._new_group(model)
-        runner = make_runner(model, group.tensors, max_batch=self._options.max_num_seqs)
-        variant = _Variant(model, runner, tokenizer, group)
+            group, lost = self._new_group(model)
+            events += lost
+        runner = self._make(model, group.tensors, max_batch=self._options.max_num_seqs)
+        variant = _Variant(name, model, runner, group)
         group.members[name] = self._variants[name] = variant
         group.scheduler.open(name, identity=f"{name}#{next(self._loads)}")
         self._order.append(name)
@@ -156,15 +166,16 @@ class Core:
 
     def detach(self, name: str) -> list[Event]:
         """Remove a variant; its sequences fail."""
+        events = self._land(0)
         variant = self._variants.pop(name)
         self._order.remove(name)
         variant.group.scheduler.close(name)
         del variant.group.members[name]
         if not variant.group.members:
             del self._groups[variant.group.layout]
-            self._share_out(len(self._groups))
+            events += self._share_out(len(self._groups))
         gone = EngineFailed(f"{name} was unloaded")
-        return [(job, gone) for job in variant.jobs.values()]
+        return events + [(job, gone) for job in variant.jobs.values()]
 
     def submit(self, job: Job) -> None:
         """Queue a request.
@@ -210,33 +221,46 @@ class Core:
             assert len(variant.jobs) == stats.running + stats.waiting
 
     def step(self) -> list[Event]:
-        """Run one step of the next variant that has work."""
+        """Launch a step of the next variant that has work, and land the one before it."""
+        variant = self._next()
+        if variant is None:
+            return self._land(0)
+        ahead = variant.ahead
+        events = [] if ahead else self._land(0)
+        before = len(self._flights)
+        events += self._guarded(variant, lambda: self._launch(variant))
+        launched = len(self._flights) - before
+        return events + self._land(launched if ahead else 0)
+
+    def _next(self) -> _Variant | None:
         for name in self._order:
             variant = self._variants[name]
             if variant.jobs:
                 self._order.remove(name)
                 self._order.append(name)
-                return self._step(name, variant)
-        return []
+                return variant
+        return None
 
-    def _step(self, name: str, variant: _Variant) -> list[Event]:
+    def _guarded(self, variant: _Variant, act: Callable[[], list[Event]]) -> list[Event]:
+        """The events of `act`; if it fails, so do its variant's sequences, and nothing else."""
         try:
-            return self._run(name, variant)
+            return act()
         except (RuntimeError, ValueError, IndexError, MemoryError) as error:
-            log.exception("a step of %s failed; its sequences are lost", name)
-            failure = SequenceFailed(f"{name}: {type(error).__name__}: {error}")
+            log.exception("a step of %s failed; its sequences are lost", variant.name)
+            failure = SequenceFailed(f"{variant.name}: {type(error).__name__}: {error}")
             jobs = list(variant.jobs.values())
             for job in jobs:
                 self.cancel(job)
             return [(job, failure) for job in jobs]
 
-    def _run(self, name: str, variant: _Variant) -> list[Event]:
+    def _launch(self, variant: _Variant) -> list[Event]:
+        """Plan and start a step; it is under way then, unless it picks no token."""
         scheduler = variant.group.scheduler
-        plan = scheduler.plan(name)
+        plan = scheduler.plan(variant.name)
         logits: list[Tensor] = []
         jobs: list[Job] = []
         if plan.decode:
-            logits.append(variant.runner.decode(plan.decode))
+            logits.append(self._decode(variant, plan.decode))
             for seq in plan.decode:
                 scheduler.advance(seq, 1)
                 jobs.append(variant.jobs[id(seq)])
@@ -246,58 +270,49 @@ class Core:
             found = variant.runner.prefill(plan.prefill, every)
             for chunk, job, rows in zip(plan.prefill, chunk_jobs, found, strict=True):
                 if job.scoring:
-                    _score_prompt(job, chunk, rows)
+                    job.score_prompt(chunk, rows)
                 if chunk.samples:
                     jobs.append(job)
                     logits.append(rows[-1:])
                 scheduler.advance(chunk.seq, chunk.length)
-        if not jobs:
-            return []
-        with torch.inference_mode():
-            picked = sample(torch.cat(logits), [job.row for job in jobs])
+        if jobs:
+            with torch.inference_mode():
+                draw = launch(logits, [job.row for job in jobs])
+            for job in jobs:
+                scheduler.foresee(job.seq)
+            self._flights.append(_Flight(variant, jobs, draw))
+        return []
+
+    def _decode(self, variant: _Variant, batch: Sequence[Tokens]) -> Tensor:
+        if not any(seq.pending for seq in batch):
+            return variant.runner.decode(batch)
+        (flight,) = self._flights  # nothing is launched over more than one step under way
+        runner: AheadRunner = variant.runner  # type: ignore[assignment]  # see _Variant.ahead
+        return runner.decode_from(batch, _last_tokens(batch, flight))
+
+    def _land(self, left: int) -> list[Event]:
+        """Read the tokens of all steps under way but the `left` newest."""
+        events: list[Event] = []
+        while len(self._flights) > left:
+            flight = self._flights.popleft()
+            events += self._guarded(flight.variant, lambda flight=flight: self._read(flight))  # type: ignore[misc]
+        return events
+
+    def _read(self, flight: _Flight) -> list[Event]:
+        variant = flight.variant
         return [
             (job, self._accept(variant, job, scored))
-            for job, scored in zip(jobs, picked, strict=True)
+            for job, scored in zip(flight.jobs, flight.draw.collect(), strict=True)
+            if variant.jobs.get(id(job.seq)) is job  # else over or cancelled meanwhile
         ]
 
     def _accept(self, variant: _Variant, job: Job, scored: Scored) -> TokenEvent:
         """Append a sampled token and turn it into an event; ends the sequence where it must end."""
-        seq, params = job.seq, job.request.sampling
-        first = seq.generated == 0
-        variant.group.scheduler.append(seq, scored.token)
-        text, finish = self._advance_text(variant, job, scored.token)
-        if finish is not None:
+        variant.group.scheduler.append(job.seq, scored.token)
+        event = job.take(scored)
+        if event.finish_reason is not None:
             self.cancel(job)
-        tokenizer = variant.tokenizer
-        return TokenEvent(
-            text=text,
-            token=scored.token,
-            logprob=None if params.logprobs is None else _logprob(tokenizer, scored),
-            finish_reason=finish,
-            cached_tokens=seq.cached if first else 0,
-            prompt_logprobs=(
-                tuple(_logprob(tokenizer, s) for s in job.prompt_scores)
-                if first and job.request.prompt_logprobs
-                else None
-            ),
-        )
-
-    def _advance_text(
-        self, variant: _Variant, job: Job, token: int
-    ) -> tuple[str, FinishReason | None]:
-        params = job.request.sampling
-        if token in variant.tokenizer.eos_ids and not params.ignore_eos:
-            return job.text.flush()[0], "stop"
-        text, stopped = job.text.push(token)
-        if stopped:
-            return text, "stop"
-        matcher = job.row.matcher
-        full = job.seq.generated >= job.seq.max_tokens
-        if full or (matcher is not None and matcher.done):
-            rest, stopped = job.text.flush()
-            over = stopped or (matcher is not None and matcher.done)
-            return text + rest, "stop" if over else "length"
-        return text, None
+        return event
 
     def _new_group(self, model: Model) -> tuple[_Group, list[Event]]:
         blocks = self._blocks(model.layout, model.context_length, len(self._groups) + 1)
@@ -354,21 +369,17 @@ def _release(group: _Group) -> None:
     group.tensors.clear()
 
 
-def _score_prompt(job: Job, chunk: Chunk, rows: Tensor) -> None:
-    """Score the prompt tokens that follow the chunk's positions; `rows` is [length, vocab]."""
-    stop = min(chunk.start + chunk.length + 1, job.seq.prompt_length)
-    targets = job.seq.tokens[chunk.start + 1 : stop]
-    # After a preemption the prompt runs again, in other chunks: skip what is scored already.
-    known = len(job.prompt_scores) - (chunk.start + 1)
-    if 0 <= known < len(targets):
-        top = job.request.sampling.logprobs or 0
-        job.prompt_scores += score(rows[known : len(targets)], targets[known:], top)
-
-
-def _logprob(tokenizer: Tokenizer, scored: Scored) -> TokenLogprob:
-    return TokenLogprob(
-        token=scored.token,
-        text=tokenizer.token_text(scored.token),
-        logprob=scored.logprob,
-        top=tuple((t, tokenizer.token_text(t), p) for t, p in scored.top),
-    )
+def _last_tokens(batch: Sequence[Tokens], flight: _Flight) -> Tensor:
+    """int64 [batch] on the device: from the flight where they are pending, else from the host."""
+    tokens = flight.draw.tokens
+    if len(batch) == len(flight.jobs) and all(
+        job.seq is seq for job, seq in zip(flight.jobs, batch, strict=True)
+    ):
+        return tokens
+    rows = {id(job.seq): row for row, job in enumerate(flight.jobs)}
+    known = [seq.tokens[-1] for seq in batch if not seq.pending]
+    after = iter(range(len(rows), len(rows) + len(known)))
+    index = [rows[id(seq)] if seq.pending else next(after) for seq in batch]
+    device = tokens.device
+    choice = torch.cat([tokens, upload(known, torch.long, device)]) if known else tokens
+    return choice[upload(index, torch.long, device)]

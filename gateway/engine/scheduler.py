@@ -1,10 +1,14 @@
 """Which tokens run next: queues, chunked prefill, decode batches, preemption. Torch-free, no clock.
 
 One `Scheduler` decides for all variants that share one KV pool, so that blocks go to the oldest
-request whatever its level. It plans; `local` runs the plan and reports back. A sequence's life:
+request whatever its level. It plans; `core` runs the plan and reports back. A sequence's life:
 
     add → waiting → plan (admit: blocks for all its tokens, prefix reused) → running
-        → plan/advance/append … → finish (or cancel, or preempt → waiting)
+        → plan/advance/foresee/append … → finish (or cancel, or preempt → waiting)
+
+A sampled token may still be under way when the next step is planned: `foresee` gives it its place,
+`append` its value. Until then it counts as a token, but its block is shared with nobody, a sequence
+that it completes is not planned, and one preempted before it came is not admitted again.
 
 Every step of one variant, `plan` decides in this order:
 1. every running sequence with one token left to compute decodes; if it needs a block and none is
@@ -26,6 +30,8 @@ from itertools import count
 from gateway.engine.base import BadPrompt, EngineOverloaded, EngineStats
 from gateway.engine.kv_cache import BlockPool, Key, chain_key, root_key
 
+UNKNOWN = -1  # stands for a token that is still being sampled
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -40,9 +46,9 @@ class Limits:
 class Sequence:
     """One request's tokens and where they are.
 
-    `tokens` is prompt and output; `computed` counts those whose KV is in `blocks`; `tail` are
-    blocks it works in besides; `no_reuse` makes the whole prompt be computed (its logits are
-    wanted).
+    `tokens` is prompt and output, the last `pending` of them unknown (-1); `computed` counts those
+    whose KV is in `blocks`, `stored` the blocks that others may reuse; `tail` are blocks it works
+    in besides; `no_reuse` makes the whole prompt be computed (its logits are wanted).
     """
 
     variant: str
@@ -51,7 +57,9 @@ class Sequence:
     tokens: list[int]
     no_reuse: bool = False
     arrival: int = -1
+    pending: int = 0
     computed: int = 0
+    stored: int = 0
     cached: int = 0
     blocks: list[int] = field(default_factory=list)
     tail: list[int] = field(default_factory=list)
@@ -64,7 +72,13 @@ class Sequence:
 
     @property
     def generated(self) -> int:
+        """Output tokens, pending ones included."""
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def known(self) -> int:
+        """Output tokens whose value is there."""
+        return len(self.tokens) - self.prompt_length - self.pending
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,31 +168,58 @@ class Scheduler:
     def plan(self, variant: str) -> Plan:
         """Decide the next step of `variant` (see the module's rules 1-3)."""
         queues = self._queues[variant]
+        size = self.pool.block_size
         for seq in tuple(queues.running):  # (1)
-            if seq.blocks and seq.left == 1:
+            short = len(seq.tokens) > len(seq.blocks) * size
+            if short and seq.blocks and seq.left == 1 and seq.generated < seq.max_tokens:
                 self._grow(seq)
-        self._admit(queues)  # (2)
-        decode = tuple(seq for seq in queues.running if seq.left == 1)
+        if queues.waiting:
+            self._admit(queues)  # (2)
         budget = self._limits.prefill_chunk
-        prefill = []
-        for seq in queues.running:  # (3)
-            if seq.left > 1 and budget > 0:
-                length = min(seq.left, budget)
+        decode, prefill = [], []
+        for seq in queues.running:
+            left = seq.left
+            if left == 1:
+                if seq.generated < seq.max_tokens:
+                    decode.append(seq)
+            elif left > 1 and budget > 0:  # (3)
+                length = min(left, budget)
                 prefill.append(Chunk(seq, seq.computed, length))
                 budget -= length
-        return Plan(decode, tuple(prefill))
+        return Plan(tuple(decode), tuple(prefill))
+
+    def reserve(self, seq: Sequence, extra: int) -> int:
+        """Give a running `seq` blocks for up to `extra` tokens more than it has, taken from nobody
+        who runs or waits; how many fit."""
+        size = self.pool.block_size
+        missing = self._blocks_for(len(seq.tokens) + extra) - len(seq.blocks)
+        if missing > 0 and not any(queues.waiting for queues in self._queues.values()):
+            seq.blocks += self.pool.allocate(min(missing, self.pool.available)) or []
+        return min(extra, len(seq.blocks) * size - len(seq.tokens))
 
     def advance(self, seq: Sequence, computed: int) -> None:
-        """Tell that `computed` more tokens of `seq` are in the pool."""
-        size = self.pool.block_size
-        before, seq.computed = seq.computed // size, seq.computed + computed
-        self._extend_keys(seq, seq.computed // size)
-        for index in range(before, seq.computed // size):
-            self.pool.store(seq.blocks[index], seq.keys[index])
+        """Tell that `computed` more tokens of `seq` are, or will be before the next step, in the
+        pool. Full blocks of known tokens are open to others from now on."""
+        seq.computed += computed
+        full = min(seq.computed, len(seq.tokens) - seq.pending) // self.pool.block_size
+        if full > seq.stored:
+            self._extend_keys(seq, full)
+            for index in range(seq.stored, full):
+                self.pool.store(seq.blocks[index], seq.keys[index])
+            seq.stored = full
+
+    def foresee(self, seq: Sequence) -> None:
+        """A token of `seq` is being sampled; `append` will tell which."""
+        seq.tokens.append(UNKNOWN)
+        seq.pending += 1
 
     def append(self, seq: Sequence, token: int) -> None:
-        """Add a sampled token; it is computed in a later step."""
-        seq.tokens.append(token)
+        """Add a sampled token, or tell the first one foreseen; it is computed in a later step."""
+        if seq.pending:
+            seq.tokens[-seq.pending] = token
+            seq.pending -= 1
+        else:
+            seq.tokens.append(token)
 
     def finish(self, seq: Sequence) -> None:
         """Remove a sequence wherever it is (finished or cancelled) and free its blocks."""
@@ -234,6 +275,10 @@ class Scheduler:
                 assert not seq.blocks
                 assert not seq.tail
                 assert seq.computed == 0
+            for seq in (*queues.running, *queues.waiting):
+                unknown = [i for i, token in enumerate(seq.tokens) if token == UNKNOWN]
+                assert unknown == list(range(len(seq.tokens) - seq.pending, len(seq.tokens)))
+                assert seq.stored * self.pool.block_size <= min(seq.computed, len(seq.tokens))
             for seq in queues.running:
                 assert 0 <= seq.computed <= len(seq.tokens)
                 assert len(seq.blocks) >= self._blocks_for(seq.computed)
@@ -271,7 +316,7 @@ class Scheduler:
     def _admit(self, queues: _Queues) -> None:
         while queues.waiting and len(queues.running) < self._limits.max_num_seqs:
             seq = queues.waiting[0]
-            if self._older_waits_for_blocks(seq):
+            if seq.pending or self._older_waits_for_blocks(seq):
                 return
             reused = self._reusable(seq)
             missing = self._blocks_for(len(seq.tokens)) - len(reused) + self._tail
@@ -281,6 +326,7 @@ class Scheduler:
             blocks = self.pool.allocate(missing)
             assert blocks is not None, "availability was checked"
             seq.tail, seq.blocks = blocks[: self._tail], reused + blocks[self._tail :]
+            seq.stored = len(reused)
             seq.computed = len(reused) * self.pool.block_size
             if seq.generated == 0:
                 seq.cached = seq.computed
@@ -325,4 +371,4 @@ class Scheduler:
     def _free(self, seq: Sequence) -> None:
         self.pool.release(seq.blocks + seq.tail)
         seq.blocks, seq.tail = [], []
-        seq.computed = 0
+        seq.computed = seq.stored = 0

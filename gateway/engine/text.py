@@ -12,6 +12,7 @@ Decode = Callable[[Sequence[int]], str]
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _LONGEST_CHARACTER = 4  # bytes of UTF-8, hence tokens that can make up one character
 _CONTEXT = 6  # tokens before the window that decide about a leading space
+_LONGEST_WINDOW = 64  # tokens kept at most of what is shown
 
 
 class Detokenizer:
@@ -21,36 +22,77 @@ class Detokenizer:
     sentencepiece's leading space, a byte sequence in progress) comes out as in the whole text.
     """
 
-    def __init__(self, decode: Decode, prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self, decode: Decode, prompt: Sequence[int] = (), pieces: dict[int, str] | None = None
+    ) -> None:
+        """`pieces`, shared by all sequences of a tokenizer, gathers the texts of tokens that have
+        one text after any whole text; None where a token's text depends on its neighbours."""
         self._decode = decode
+        self._pieces = pieces
         self._window = list(prompt[-_CONTEXT:])
         self._shown_tokens = len(self._window)
-        self._shown = decode(self._window) if self._window else ""
+        self._shown: str | None = decode(self._window) if self._window else ""
+        self._whole = self._is_whole(self._shown or "")
+
+    def _is_whole(self, text: str) -> bool:
+        """Whether all is shown, and something is, and no character of it is unfinished."""
+        return self._pieces is not None and bool(text) and not text.endswith(_REPLACEMENT)
 
     def push(self, token: int) -> str:
         """Take one token; the text it completes, "" while a character is unfinished."""
-        self._window.append(token)
+        window = self._window
+        window.append(token)
+        if self._whole:
+            assert self._pieces is not None, "else nothing is whole"
+            piece = self._pieces.get(token)
+            if piece is not None:
+                self._shown_tokens += 1
+                self._shown = None
+                if len(window) > _LONGEST_WINDOW:
+                    self._trim()
+                return piece
+        return self._push_slowly(token)
+
+    def _push_slowly(self, token: int) -> str:
+        before = self._shown_text()
         text = self._decode(self._window)
         pending = len(self._window) - self._shown_tokens
+        was_whole, self._whole = self._whole, False
         if text.endswith(_REPLACEMENT) and pending < _LONGEST_CHARACTER:
             return ""
-        return self._show(text)
+        new = self._show(text, before)
+        if was_whole and self._pieces is not None and _REPLACEMENT not in new:
+            self._pieces[token] = new
+        self._whole = self._is_whole(text)
+        return new
 
     def flush(self) -> str:
         """What is left at the end; an unfinished character becomes U+FFFD."""
         if self._shown_tokens == len(self._window):
             return ""
-        return self._show(self._decode(self._window))
+        return self._show(self._decode(self._window), self._shown_text())
 
-    def _show(self, text: str) -> str:
-        shown = self._shown
+    def _shown_text(self) -> str:
+        """What the shown part of the window decodes to."""
+        if self._shown is None:
+            extra = self._shown_tokens - _CONTEXT
+            if extra > 0:
+                del self._window[:extra]
+                self._shown_tokens = _CONTEXT
+            self._shown = self._decode(self._window[: self._shown_tokens])
+        return self._shown
+
+    def _show(self, text: str, shown: str) -> str:
         if not text.startswith(shown):  # an unfinished character of the prompt was completed
             shown = shown.rstrip(_REPLACEMENT)
         new = text[len(shown) :] if text.startswith(shown) else ""
-        del self._window[: max(0, len(self._window) - _CONTEXT)]
         self._shown_tokens = len(self._window)
-        self._shown = self._decode(self._window)
+        self._shown = None
         return new
+
+    def _trim(self) -> None:
+        del self._window[:-_CONTEXT]
+        self._shown_tokens = len(self._window)
 
 
 class StopFilter:
@@ -91,8 +133,14 @@ class StopFilter:
 class TextStream:
     """Detokenizer and stop filter of one sequence."""
 
-    def __init__(self, decode: Decode, prompt: Sequence[int], stops: Sequence[str]) -> None:
-        self._detokenizer = Detokenizer(decode, prompt)
+    def __init__(
+        self,
+        decode: Decode,
+        prompt: Sequence[int],
+        stops: Sequence[str],
+        pieces: dict[int, str] | None = None,
+    ) -> None:
+        self._detokenizer = Detokenizer(decode, prompt, pieces)
         self._filter = StopFilter(stops)
 
     def push(self, token: int) -> tuple[str, bool]:

@@ -37,6 +37,8 @@ class Tokenizer:
     Attributes:
         eos_ids: tokens that end a generation (of `generation_config.json`, else the config's).
         template: source of the chat template, or None.
+        pieces: texts of single tokens met so far (see `text.Detokenizer`); None where the text of
+            a token depends on its neighbours.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Tokenizer:
         self.eos_ids = eos_ids
         self.template = template
         self._special = dict(special or {})
+        self.pieces: dict[int, str] | None = {} if _is_plain(backend.decoder) else None
 
     @cached_property
     def vocab_size(self) -> int:
@@ -125,6 +128,21 @@ class Tokenizer:
             return environment.from_string(self.template)
         except TemplateSyntaxError as error:
             raise BadChat(f"the model's chat template is broken: {error}") from error
+
+
+def _is_plain(decoder: Any) -> bool:
+    """Whether text is the tokens' bytes in a row, but for its very beginning."""
+    state = {} if decoder is None else json.loads(decoder.__getstate__())
+    fused = False
+    for part in state.get("decoders", [state]):
+        kind = part.get("type")
+        if kind not in {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}:
+            return False
+        # What looks at the fused text may see over the border of tokens.
+        if fused and (kind == "Replace" or (kind == "Strip" and part.get("stop"))):
+            return False
+        fused = fused or kind == "Fuse"
+    return True
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:

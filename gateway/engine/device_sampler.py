@@ -1,0 +1,79 @@
+"""Picking the tokens of a batch on an accelerator, whose host does not wait for them.
+
+The same rule as `sampler.pick`, as operations on the whole batch whose shapes the host knows: none
+makes it wait. Rows whose logits are adjusted on the host upload what they need first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gateway.engine.sampler import COLDEST, RowState
+
+_NO_CUT = 2.0  # of top_p: 1 could lose the last tokens to rounding
+
+
+def upload(values: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of `values` on `device`, without waiting for what runs there."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
+def pick_on_device(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """The next token of every row, int64 [rows], of fp32 [rows, vocab], which stays as it is."""
+    adjusted = logits
+    if any(row.adjusted for row in rows):
+        adjusted = logits.clone()
+        for index, row in enumerate(rows):
+            if row.adjusted:
+                row.adjust(adjusted[index])
+    tokens = adjusted.argmax(-1)
+    if any(row.random for row in rows):
+        drawn = _draw(adjusted, rows)
+        tokens = torch.where(drawn < 0, tokens, drawn)
+    return tokens
+
+
+def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
+    """Random rows' tokens, -1 for the others, int64 [rows]."""
+    vocab = logits.shape[1]
+    knobs = upload(
+        [
+            [max(row.params.temperature, COLDEST) for row in rows],
+            [row.draw() if row.random else -1.0 for row in rows],
+            [row.params.top_k or vocab for row in rows],
+            [row.params.top_p if row.params.top_p < 1.0 else _NO_CUT for row in rows],
+            [row.params.min_p for row in rows],
+        ],
+        torch.float64,
+        logits.device,
+    )[:, :, None]
+    heat, uniform = knobs[0].float(), knobs[1]
+    # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
+    weights = torch.exp((logits - logits.amax(-1, keepdim=True)) * heat.reciprocal())
+    if any(row.random and row.cut for row in rows):
+        weights = weights.where(_kept(weights, *knobs[2:]), 0.0)
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    total = sums[:, -1:]
+    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    found = torch.searchsorted(sums, target, right=True)
+    return torch.where(uniform < 0, -1, found)[:, 0]
+
+
+def _kept(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """bool [rows, vocab]: what top-k, nucleus and min-p (all [rows, 1]) leave; see `sampler`."""
+    best = weights.sort(-1, descending=True).values
+    sums = best.cumsum(-1, dtype=torch.float64)
+    width = best.shape[1]
+    top_k = top_k.long().clamp(1, width)
+    total = sums.gather(1, top_k - 1)
+    nucleus = torch.searchsorted(sums, top_p * total) + 1
+    count = torch.minimum(nucleus, top_k).clamp(max=width)
+    least = best.gather(1, count - 1)
+    above = weights > least
+    equal = weights == least
+    room = count - above.sum(-1, keepdim=True)
+    return (above | (equal & (equal.cumsum(-1) <= room))) & (weights >= min_p.float())
