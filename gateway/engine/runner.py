@@ -193,11 +193,7 @@ class Runner:
     def decode(self, batch: Sequence[Tokens]) -> Tensor:
         """Compute the last token of every sequence; fp32 logits [batch, vocab] of what follows."""
         rows = self._batches[bisect_left(self._batches, len(batch))]
-        longest = max(len(seq.tokens) for seq in batch)
-        context = self._contexts[bisect_left(self._contexts, -(-longest // self._size))]
-        self._stage(batch, rows, context)
-        step = self.model.step
-        step.mode = Mode.DECODE
+        self.stage(batch, rows)
         logits = _logits(self.model.module, self._ids[:rows], self._positions[:rows], 0)
         return logits[: len(batch), 0].float()
 
@@ -208,29 +204,20 @@ class Runner:
         Args:
             every: per chunk, whether the logits after all its tokens are wanted.
         """
+        self.stage_chunks(chunks)
         ids: list[int] = []
         positions: list[int] = []
-        writes: list[int] = []
         keep: list[int] = []
-        segments: list[Segment] = []
         counts: list[int] = []
         begin = 0
         for chunk, all_logits in zip(chunks, every, strict=True):
             stop = chunk.start + chunk.length
-            blocks = chunk.seq.blocks
             ids += chunk.seq.tokens[chunk.start : stop]
             positions += range(chunk.start, stop)
-            writes += [
-                blocks[at // self._size] * self._size + at % self._size
-                for at in range(chunk.start, stop)
-            ]
-            segments.append(self._segment(chunk, begin))
             begin += chunk.length
             kept = chunk.length if all_logits else 1
             counts.append(kept)
             keep += range(begin - kept, begin)
-        step = self.model.step
-        step.mode, step.segments, step.writes = Mode.PREFILL, segments, self._tensor(writes)
         logits = _logits(
             self.model.module,
             self._tensor(ids)[None],
@@ -239,9 +226,28 @@ class Runner:
         )
         return list(torch.split(logits[0].float(), counts))
 
-    def _stage(self, batch: Sequence[Tokens], rows: int, context: int) -> None:
-        """Fill the decode buffers; padding rows write to and read from the scratch block."""
+    def stage_chunks(self, chunks: Sequence[Chunk]) -> None:
+        """Put what attention needs for a prefill of `chunks` into the model's step."""
+        writes: list[int] = []
+        segments: list[Segment] = []
+        begin = 0
+        for chunk in chunks:
+            blocks = chunk.seq.blocks
+            writes += [
+                blocks[at // self._size] * self._size + at % self._size
+                for at in range(chunk.start, chunk.start + chunk.length)
+            ]
+            segments.append(self._segment(chunk, begin))
+            begin += chunk.length
+        step = self.model.step
+        step.mode, step.segments, step.writes = Mode.PREFILL, segments, self._tensor(writes)
+
+    def stage(self, batch: Sequence[Tokens], rows: int) -> None:
+        """Fill the decode buffers and the model's step; padding rows write to and read from the
+        scratch block."""
         size, pad = self._size, rows - len(batch)
+        longest = max(len(seq.tokens) for seq in batch)
+        context = self._contexts[bisect_left(self._contexts, -(-longest // size))]
         last = [len(seq.tokens) - 1 for seq in batch] + [0] * pad
         writes = [
             seq.blocks[at // size] * size + at % size for seq, at in zip(batch, last, strict=False)
@@ -255,6 +261,7 @@ class Runner:
         self._writes[:rows] = torch.tensor(writes + [0] * pad)
         self._tables[: rows * context] = tables.view(-1)
         step = self.model.step
+        step.mode = Mode.DECODE
         step.writes = self._writes[:rows]
         step.tables = self._tables[: rows * context]
         if self.model.layout.kv is not None:

@@ -25,7 +25,10 @@ from gateway.engine.scheduler import Sequence as Tokens
 log = logging.getLogger(__name__)
 
 # Device type → module with `make(model, pool, max_batch) -> StepRunner | None`.
-THIN: dict[str, str] = {"cuda": "gateway.engine.cuda.runner"}
+THIN = {
+    "cpu": "gateway.engine.native_runner",
+    "cuda": "gateway.engine.cuda.runner",
+}
 _BLOCK = 16
 _PROMPT = 21  # tokens: more than a block, an odd number, cut into two chunks
 # Relative difference of logits: fp32 sums in another order, bf16 rounds in other places.
