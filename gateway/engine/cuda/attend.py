@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def,no-untyped-call,misc"
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+# ruff: noqa: PLR0917 (a kernel has one parameter per tensor and size)
 """Attention over the paged pool in Triton: one token per sequence, or packed chunks of prompts.
 
 Both read keys and values where they lie, through block tables on the device, and only the blocks
@@ -32,18 +33,16 @@ class Scratch:
     """Where the programs of one decode launch leave their parts; shared by all layers of a step.
 
     Attributes:
+        splits: most programs of one row and KV head.
         parts: fp32 [splits, rows, heads, dim]; sums of values, not yet divided.
         stats: fp32 [splits, rows, heads, 2]; largest score and sum of weights.
         arrived: int32 [rows, kv_heads]; zero between launches.
     """
 
+    splits: int
     parts: Tensor
     stats: Tensor
     arrived: Tensor
-
-    @property
-    def splits(self) -> int:
-        return self.parts.shape[0]
 
 
 def make_scratch(rows: int, heads: int, kv_heads: int, dim: int, device: torch.device) -> Scratch:
@@ -54,6 +53,7 @@ def make_scratch(rows: int, heads: int, kv_heads: int, dim: int, device: torch.d
         return torch.zeros(shape, dtype=dtype, device=device)
 
     return Scratch(
+        splits,
         make(splits, rows, heads, dim),
         make(splits, rows, heads, 2),
         make(rows, kv_heads, dtype=torch.int32),
@@ -82,6 +82,39 @@ def _fold(scores, seen, high, total, acc, value_ptr, slot, at, some, live, KV_RO
     fade = tl.exp2(high - base)
     acc = acc * fade[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
     return higher, total * fade + tl.sum(weight, 1), acc
+
+
+@triton.jit
+def _together(
+    parts_ptr,
+    stats_ptr,
+    used,
+    row,
+    rows,
+    head,
+    at,
+    heads_in,
+    some,
+    DIM: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """The parts of one row's heads in `used` splits as one; read past the first-level cache."""
+    high = tl.full(head.shape, float("-inf"), tl.float32)
+    total = tl.zeros(head.shape, tl.float32)
+    acc = tl.zeros([head.shape[0], at.shape[0]], tl.float32)
+    inside = heads_in[:, None] & some[None, :]
+    for split in range(0, used):
+        part = (split * rows + row).to(tl.int64) * HEADS + head
+        m = tl.load(stats_ptr + part * 2, heads_in, other=0.0, cache_modifier=".cg")
+        w = tl.load(stats_ptr + part * 2 + 1, heads_in, other=1.0, cache_modifier=".cg")
+        place = part[:, None] * DIM + at[None, :]
+        a = tl.load(parts_ptr + place, inside, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(high, m)
+        old, new = tl.exp2(high - higher), tl.exp2(m - higher)
+        acc = acc * old[:, None] + a * new[:, None]
+        total = total * old + w * new
+        high = higher
+    return total, acc
 
 
 @triton.jit
@@ -155,28 +188,9 @@ def _decode(
             tl.debug_barrier()
             if tl.atomic_add(arrived_ptr + row * KV_HEADS + kv, 1, sem="acq_rel") == used - 1:
                 tl.debug_barrier()
-                high = tl.full([BLOCK_H], float("-inf"), tl.float32)
-                total = tl.zeros([BLOCK_H], tl.float32)
-                acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-                for other in range(0, used):
-                    part = (other * rows + row).to(tl.int64) * HEADS + head
-                    m = tl.load(
-                        stats_ptr + part * 2, h < shared, other=0.0, cache_modifier=".cg"
-                    )
-                    w = tl.load(
-                        stats_ptr + part * 2 + 1, h < shared, other=1.0, cache_modifier=".cg"
-                    )
-                    a = tl.load(
-                        parts_ptr + part[:, None] * DIM + at[None, :],
-                        inside,
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    higher = tl.maximum(high, m)
-                    old, new = tl.exp2(high - higher), tl.exp2(m - higher)
-                    acc = acc * old[:, None] + a * new[:, None]
-                    total = total * old + w * new
-                    high = higher
+                total, acc = _together(
+                    parts_ptr, stats_ptr, used, row, rows, head, at, h < shared, some, DIM, HEADS
+                )
                 tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), inside)
                 tl.store(arrived_ptr + row * KV_HEADS + kv, 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class Graphs:
         self._enabled = enabled
         self._seen: set[int] = set()
         self._ready: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._pool: tuple[int, int] | None = None
+        self._pool: Any = None
 
     @property
     def sizes(self) -> list[int]:
@@ -51,7 +52,8 @@ class Graphs:
     def _capture(self, rows: int) -> None:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        main: Any = torch.cuda.current_stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(main)
         graph = torch.cuda.CUDAGraph()
         try:

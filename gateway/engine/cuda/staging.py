@@ -112,7 +112,7 @@ class DecodeStage:
             self._rows[row] = None
 
     def _fit(self, blocks: int) -> None:
-        """Space rows for `blocks` blocks; much too wide a space would only be copied for nothing."""
+        """Space rows for `blocks` blocks; a much wider space is copied for nothing."""
         width = _width(blocks)
         if width > self._width or 4 * width <= self._width:
             self._width = width
@@ -151,7 +151,9 @@ def stage_prompts(
         queries: rows of a tile.
     """
     ids: list[int] = []
-    counts = [chunk.length if all_rows else 1 for chunk, all_rows in zip(chunks, every, strict=True)]
+    counts = [
+        chunk.length if all_rows else 1 for chunk, all_rows in zip(chunks, every, strict=True)
+    ]
     positions, writes, keep, tiles = [], [], [], []
     width = max(-(-(chunk.start + chunk.length) // size) for chunk in chunks)
     tables = np.zeros((len(chunks), width), dtype=np.int32)
@@ -169,7 +171,7 @@ def stage_prompts(
         tile[:, 0], tile[:, 2], tile[:, 3] = begin + first, chunk.start + first, index
         tile[:, 1] = np.minimum(chunk.length - first, queries)
         tiles.append(tile.reshape(-1))
-    found = _send_all(
+    sent = _send_all(
         [
             np.array(ids, dtype=np.int32),
             *(np.concatenate(part) for part in (positions, writes, keep, tiles)),
@@ -178,7 +180,9 @@ def stage_prompts(
         ],
         device,
     )
-    return Prompts(*found[:4], found[4].view(-1, 4), (found[5], found[6]), counts)
+    row_ids, at_rows, slots, kept_rows, tiled, table, row_width = sent
+    tiled = tiled.view(-1, 4)
+    return Prompts(row_ids, at_rows, slots, kept_rows, tiled, (table, row_width), counts)
 
 
 def _send_all(parts: Sequence[Ints], device: torch.device) -> list[Tensor]:

@@ -153,9 +153,10 @@ def _tensors(attention: Attention) -> tuple[Tensor, Tensor]:
 
 def _mlp(layer: _Layer, x: Tensor) -> Tensor:
     mlp = layer.block.mlp
-    if layer.inner is None or not isinstance(mlp, GatedMlp):
+    if not isinstance(mlp, GatedMlp):
         other: Tensor = mlp(x[None])[0]
         return other.contiguous()
+    assert layer.inner is not None, "a gated MLP has a gate"
     gate, up = layer.inner(x)
     out: Tensor = mlp.down(kernels.gated(gate, up, mlp.activation))
     return out

@@ -7,6 +7,7 @@ whoever else runs the modules computes the same. Compressed linears are called o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,7 @@ class Joined:
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
         if self._weight is None:
             return [module(x) for module in self._modules]
-        return F.linear(x, self._weight, self._bias).split(self._sizes, -1)
+        return torch.split(F.linear(x, self._weight, self._bias), self._sizes, -1)
 
 
 def _alike(linears: Sequence[nn.Linear]) -> bool:
@@ -53,7 +54,7 @@ def _together(linears: Sequence[nn.Linear]) -> Tensor:
     if _adjacent([linear.weight for linear in linears]):
         return first.as_strided((rows, first.shape[1]), first.stride())
     whole = first.new_empty(rows, first.shape[1])
-    parts = whole.split([linear.out_features for linear in linears])
+    parts = torch.split(whole, [linear.out_features for linear in linears])
     for linear, part in zip(linears, parts, strict=True):
         part.copy_(linear.weight.detach())
         linear.weight.data = part
@@ -65,5 +66,5 @@ def _adjacent(weights: Sequence[Tensor]) -> bool:
     return all(
         after.untyped_storage().data_ptr() == storage
         and after.data_ptr() == before.data_ptr() + before.nbytes
-        for before, after in zip(weights, weights[1:], strict=False)
+        for before, after in pairwise(weights)
     )
