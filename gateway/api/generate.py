@@ -92,7 +92,7 @@ def ask_of(wanted: Wanted) -> Ask:
 
 def make_decision(services: Services, ask: Ask, policy: Policy) -> tuple[Decision, LadderSnapshot]:
     """Decide on the ladder as it is now; counts nothing and starts nothing."""
-    snapshot = services.pool.snapshot(ask.model)
+    snapshot = services.pool.glance(ask.model)
     return decide(ask, policy, snapshot, services.predictor.predict), snapshot
 
 

@@ -124,6 +124,7 @@ class FakeEngine:
         self.speed = speed or FakeSpeed()
         self.fault = fault
         self._tokenizer = FakeTokenizer()
+        self._idle = EngineStats(kv_total_blocks=self.speed.max_running * 256)
         self._slots = asyncio.Semaphore(self.speed.max_running)
         self._prefill = asyncio.Lock()
         self._waiting: dict[int, _Sequence] = {}
@@ -151,6 +152,8 @@ class FakeEngine:
             self._running.pop(key, None)
 
     def stats(self) -> EngineStats:
+        if not self._running and not self._waiting:
+            return self._idle
         alive = [*self._waiting.values(), *self._running.values()]
         return EngineStats(
             running=len(self._running),

@@ -13,7 +13,7 @@ from gateway.variants.jobs import BuildFailed
 from gateway.variants.variant import LevelFacts, State
 
 RETRY_FAILED_AFTER = 30.0  # a failed level is not tried again by requests before this many seconds
-_IDLE_STATS = EngineStats()
+IDLE_STATS = EngineStats()
 
 
 @dataclass(slots=True)
@@ -55,8 +55,9 @@ class Variant:
         self.failed_in = self.state
         self.state, self.error, self.failed_at = State.FAILED, why, now
 
-    def facts(self, now: float) -> LevelFacts:
-        """What deciders may know of it. A failure is over when it may be tried again."""
+    def facts(self, now: float, stats: EngineStats) -> LevelFacts:
+        """What deciders may know of it; `stats`: what its engine does (idle when it has none).
+        A failure is over when it may be tried again."""
         state, retry_s = self.state, 0.0
         if state is State.FAILED:
             retry_s = max(0.0, RETRY_FAILED_AFTER - (now - self.failed_at))
@@ -67,7 +68,7 @@ class Variant:
             family=self.spec.family,
             state=state,
             card=self.backend.card(self.spec.level),
-            stats=self.engine.stats() if self.engine is not None else _IDLE_STATS,
+            stats=stats,
             leases=self.leases,
             error=self.error,
             kv_bytes_per_token=self.backend.kv_bytes_per_token(self.spec.level),

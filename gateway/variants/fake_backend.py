@@ -34,9 +34,11 @@ class FakeBackend:
         self.model = model.id
         self._options = model.fake or FakeModel()
         self._recipes = {name: Recipe.parse(name) for name in (self.default_level, *levels)}
+        self._artifacts = {name: recipe.parent.name for name, recipe in self._recipes.items()}
         # By artifact, as levels of one artifact are built together.
         self._built = {name for name, recipe in self._recipes.items() if not recipe.steps}
         self._tokenizer = FakeTokenizer()
+        self._cards: dict[tuple[str, bool], Card] = {}  # asked for on every request
 
     @property
     def tokenizer(self) -> TextCodec:
@@ -52,11 +54,18 @@ class FakeBackend:
         return self.artifact(level) in self._built
 
     def card(self, level: str) -> Card:
+        built = self.artifact(level) in self._built
+        card = self._cards.get((level, built))
+        if card is None:
+            card = self._cards[level, built] = self._card(level, built)
+        return card
+
+    def _card(self, level: str, built: bool) -> Card:
         expected = estimate(self._recipes[level])
         size = int(_DENSE_BYTES * expected.size_ratio)
         step_ms = self._options.tpot_ms * expected.size_ratio or 1e-3
         return Card(
-            measured=self.artifact(level) in self._built,
+            measured=built,
             stored_bytes=size,
             resident_bytes=size,
             compression_ratio=1 / expected.size_ratio,
@@ -74,7 +83,7 @@ class FakeBackend:
         return _KV_BYTES
 
     def artifact(self, level: str) -> str:
-        return self._recipes[level].parent.name
+        return self._artifacts[level]
 
     def memory(self, level: str) -> str:
         return self.artifact(level)

@@ -174,15 +174,19 @@ class LocalBackend:
         return await self._shared.store.manifest(self.key(level)) is not None
 
     def card(self, level: str) -> Card:
+        card = self._known_cards.get(level)
+        if card is None:
+            card = self._known_cards[level] = self._card(level)
+        return card
+
+    def _card(self, level: str) -> Card:
         if level in self._upstream:
             return Card(perplexity_ratio=self._upstream[level].perplexity_ratio)
-        if level not in self._known_cards:
-            assert self._expected is not None
-            card = self._measured(level)
-            if card is None or not card.decode_tokens_per_s:
-                card = self._expected.card(level, card, self._measured(self.default_level))
-            self._known_cards[level] = card
-        return self._known_cards[level]
+        assert self._expected is not None
+        card = self._measured(level)
+        if card is None or not card.decode_tokens_per_s:
+            card = self._expected.card(level, card, self._measured(self.default_level))
+        return card
 
     def _measured(self, level: str) -> Card | None:
         return self._shared.cards.get(self._card_key(level))
