@@ -53,9 +53,12 @@ def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     )[:, :, None]
     heat, uniform = knobs[0].float(), knobs[1]
     # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
-    weights = torch.exp((logits - logits.amax(-1, keepdim=True)) * heat.reciprocal())
+    best, colder = logits.amax(-1, keepdim=True), heat.reciprocal()
+    weights = torch.exp((logits - best) * colder)
     if any(row.random and row.cut for row in rows):
-        weights = weights.where(_kept(weights, *knobs[2:]), 0.0)
+        order = logits.sort(-1, descending=True).values
+        kept = _kept(logits, order, torch.exp((order - best) * colder), *knobs[2:4])
+        weights = weights.where(kept & (weights >= knobs[4].float()), 0.0)
     sums = weights.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
@@ -63,17 +66,17 @@ def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
     return torch.where(uniform < 0, -1, found)[:, 0]
 
 
-def _kept(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """bool [rows, vocab]: what top-k, nucleus and min-p (all [rows, 1]) leave; see `sampler`."""
-    best = weights.sort(-1, descending=True).values
-    sums = best.cumsum(-1, dtype=torch.float64)
-    width = best.shape[1]
-    top_k = top_k.long().clamp(1, width)
-    total = sums.gather(1, top_k - 1)
-    nucleus = torch.searchsorted(sums, top_p * total) + 1
-    count = torch.minimum(nucleus, top_k).clamp(max=width)
-    least = best.gather(1, count - 1)
-    above = weights > least
-    equal = weights == least
+def _kept(logits: Tensor, order: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """bool [rows, vocab]: what top-k and the nucleus, both [rows, 1], leave; see `sampler`.
+
+    Args:
+        order: the logits, falling; `weights` are in proportion to their probabilities.
+    """
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    top_k = top_k.long().clamp(1, order.shape[1])
+    nucleus = torch.searchsorted(sums, top_p * sums.gather(1, top_k - 1)) + 1
+    count = torch.minimum(nucleus, top_k)
+    least = order.gather(1, count - 1)
+    above, equal = logits > least, logits == least
     room = count - above.sum(-1, keepdim=True)
-    return (above | (equal & (equal.cumsum(-1) <= room))) & (weights >= min_p.float())
+    return above | (equal & (equal.cumsum(-1) <= room))

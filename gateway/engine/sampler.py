@@ -27,9 +27,10 @@ from gateway.engine.grammar import Matcher
 COLDEST = 1e-6  # a lower temperature is this one: fp32 could not divide by it
 _AHEAD = 32  # uniform numbers drawn at once
 _PIECE = 512  # weights summed in fp32 before their sums are added up in float64
-# Weights (the best is 1) down to which candidates of a cut-off are tried before all are sorted.
-_FLOORS = (2.0**-6, 2.0**-11)
+# Log-probabilities, less that of the best, down to which ids are sorted before all of them are.
+_FLOORS = (-4.0, -7.5)
 
+Logits = NDArray[np.float32]
 Weights = NDArray[np.float32]
 
 
@@ -127,7 +128,7 @@ def sample(logits: Tensor, rows: Sequence[RowState]) -> list[Scored]:
 
 def pick(logits: Tensor, rows: Sequence[RowState]) -> list[Scored]:
     """The next token of every row of fp32 [rows, vocab] in the host's memory; not changed."""
-    lines: NDArray[np.float32] = logits.numpy()
+    lines: Logits = logits.numpy()
     if not any(row.random or row.adjusted for row in rows):
         picked: list[int] = lines.argmax(1).tolist()
     else:
@@ -169,72 +170,81 @@ def read_scores(tokens: Sequence[int], chosen: Tensor, ids: Tensor, best: Tensor
     ]
 
 
-def _adjusted(line: Tensor, row: RowState) -> Weights:
+def _adjusted(line: Tensor, row: RowState) -> Logits:
     copy = line.clone()
     row.adjust(copy)
-    found: Weights = copy.numpy()
+    found: Logits = copy.numpy()
     return found
 
 
-def _pick_one(line: Weights, row: RowState) -> int:
+def _pick_one(line: Logits, row: RowState) -> int:
     """The token of one line of logits [vocab]."""
     if not row.random:
         return int(line.argmax())
-    # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
-    weights = line - line.max()
-    with np.errstate(over="ignore"):
-        weights *= np.float32(1.0 / max(row.params.temperature, COLDEST))
-    np.exp(weights, out=weights)
+    heat = max(row.params.temperature, COLDEST)
+    best = line.max()
     if not row.cut:
-        return _invert(weights, row.draw())
-    kept = _kept(weights, row.params)
-    return int(kept[_invert(weights[kept], row.draw())])
+        return _invert(_weights(line, best, heat), row.draw())
+    kept = _kept(line, best, heat, row.params)
+    weights = _weights(line[kept], best, heat)
+    if row.params.min_p > 0:
+        likely = weights >= np.float32(row.params.min_p)
+        kept, weights = kept[likely], weights[likely]
+    return int(kept[_invert(weights, row.draw())])
 
 
-def _kept(weights: Weights, params: SamplingParams) -> NDArray[Any]:
-    """Ids that top-k, nucleus (Holtzman et al. 2020) and min-p (Nguyen et al. 2024) leave.
+def _weights(logits: Logits, best: np.float32, heat: float) -> Weights:
+    """In proportion to the probabilities; that of the logit `best` is 1, so that a tiny
+    temperature cannot overflow."""
+    weights = logits - best
+    with np.errstate(over="ignore"):
+        weights *= np.float32(1.0 / heat)
+    return np.exp(weights, out=weights)
 
-    Args:
-        weights: [vocab] in proportion to the probabilities; the best, always kept, is 1.
 
-    Of equal weights the lower ids come first; min-p and the nucleus are of what top-k leaves.
+def _kept(line: Logits, best: np.float32, heat: float, params: SamplingParams) -> NDArray[Any]:
+    """Ids that top-k and, of what it leaves, the nucleus (Holtzman et al. 2020) leave.
+
+    Of equal logits the lower ids come first. Min-p (Nguyen et al. 2024) needs no order.
     """
-    count, least = _cut(weights, params)
-    kept = np.flatnonzero(weights >= max(least, np.float32(params.min_p)))
-    if 0 < count < len(kept):
-        last = np.flatnonzero(weights[kept] == least)
-        kept = np.delete(kept, last[count - len(kept) :])
+    count, least = _cut(line, best, heat, params)
+    if not count:
+        return np.arange(len(line))
+    kept = np.flatnonzero(line >= least)
+    if count < len(kept):
+        equal = np.flatnonzero(line[kept] == least)
+        kept = np.delete(kept, equal[count - len(kept) :])
     return kept
 
 
-def _cut(weights: Weights, params: SamplingParams) -> tuple[int, np.float32]:
-    """How many top-k and the nucleus leave, and the least weight among them; (0, 0): all."""
-    top_k = params.top_k if 0 < params.top_k < len(weights) else 0
-    if top_k:
-        best: Weights = np.partition(weights, len(weights) - top_k)[-top_k:]
-        best.sort()
-        everything = (top_k, best[0])
-        if params.top_p >= 1.0:
-            return everything
-        total = float(best.sum(dtype=np.float64))
-        return _nucleus(best[::-1], params.top_p, total) or everything
-    if params.top_p >= 1.0:
-        return 0, np.float32(0)
-    total = float(weights.sum())
+def _cut(
+    line: Logits, best: np.float32, heat: float, params: SamplingParams
+) -> tuple[int, np.float32]:
+    """How many ids top-k and the nucleus leave, and the least logit among them; (0, 0): all."""
+    top_k, top_p = params.top_k, params.top_p
+    if 0 < top_k < len(line):
+        order: Logits = np.sort(np.partition(line, len(line) - top_k)[-top_k:])
+        found = _nucleus(order, _weights(order, best, heat), top_p, None) if top_p < 1.0 else None
+        return found or (top_k, order[0])
+    if top_p >= 1.0:
+        return 0, best
+    total = float(_weights(line, best, heat).sum())
     for floor in _FLOORS:
-        best = weights[weights >= floor]
-        best.sort()
-        if found := _nucleus(best[::-1], params.top_p, total):
+        order = np.sort(line[line >= best + np.float32(heat * floor)])
+        if found := _nucleus(order, _weights(order, best, heat), top_p, total):
             return found
-    return _nucleus(np.sort(weights)[::-1], params.top_p, total) or (0, np.float32(0))
+    order = np.sort(line)
+    return _nucleus(order, _weights(order, best, heat), top_p, total) or (0, best)
 
 
-def _nucleus(best: Weights, top_p: float, total: float) -> tuple[int, np.float32] | None:
-    """Of `best`, in falling order, the shortest beginning that weighs `top_p` of `total` or more:
-    its length and its last weight; None if all of it is less."""
-    sums = best.cumsum(dtype=np.float64)
-    count = int(sums.searchsorted(top_p * total)) + 1
-    return (count, best[count - 1]) if count <= len(best) else None
+def _nucleus(
+    order: Logits, weights: Weights, top_p: float, total: float | None
+) -> tuple[int, np.float32] | None:
+    """Of `order`, rising logits, the fewest last ones that weigh `top_p` of `total` (None: of all
+    of them) or more: how many and the first of them; None if all weigh less."""
+    sums = weights[::-1].cumsum(dtype=np.float64)
+    count = int(sums.searchsorted(top_p * (sums[-1] if total is None else total))) + 1
+    return (count, order[-count]) if count <= len(order) else None
 
 
 def _invert(weights: Weights, uniform: float) -> int:
