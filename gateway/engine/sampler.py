@@ -199,7 +199,8 @@ def _weights(logits: Logits, best: np.float32, heat: float) -> Weights:
     weights = logits - best
     with np.errstate(over="ignore"):
         weights *= np.float32(1.0 / heat)
-    return np.exp(weights, out=weights)
+    np.exp(weights, out=weights)
+    return weights
 
 
 def _kept(line: Logits, best: np.float32, heat: float, params: SamplingParams) -> NDArray[Any]:
