@@ -94,6 +94,7 @@ class EngineStats:
 
     `waiting_prompt_tokens`: prompt tokens not yet prefilled, of waiting and running sequences.
     `remaining_tokens`: tokens still to generate at most, over running and waiting sequences.
+    `drafted_tokens`, `accepted_tokens`: proposed by speculation so far, and kept of them.
     """
 
     running: int = 0
@@ -104,6 +105,8 @@ class EngineStats:
     kv_total_blocks: int = 0
     prefix_hit_tokens: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class TextCodec(Protocol):

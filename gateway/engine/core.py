@@ -43,6 +43,7 @@ from gateway.engine.runners import StepRunner, make_runner
 from gateway.engine.sampler import Scored
 from gateway.engine.scheduler import Limits, Scheduler
 from gateway.engine.scheduler import Sequence as Tokens
+from gateway.engine.speculate import OFF, Level, Speculator, enlist, make_speculator
 from gateway.engine.tokenizer import Tokenizer
 from gateway.errors import ModelError, Unavailable
 
@@ -65,6 +66,7 @@ class LocalOptions:
     block_size: int = 16
     kv_bytes: int = 256 * 2**20
     prefix_cache: bool = True
+    speculate: str = OFF
 
 
 class AheadRunner(StepRunner, Protocol):
@@ -97,7 +99,13 @@ class _Variant:
     model: Model
     runner: StepRunner
     group: _Group
+    speculator: Speculator | None = None
     jobs: dict[int, Job] = field(default_factory=dict)  # by id of the job's sequence
+
+    @property
+    def drafting(self) -> bool:
+        """Whether the next step may be a speculative one."""
+        return self.speculator is not None and self.speculator.due(len(self.jobs))
 
     @property
     def ahead(self) -> bool:
@@ -128,6 +136,7 @@ class Core:
         self._order: list[str] = []  # whose turn it is, first first
         self._flights: deque[_Flight] = deque()
         self._loads = count()
+        self._turns = 0  # launches so far
 
     @property
     def kv_bytes(self) -> int:
@@ -158,8 +167,15 @@ class Core:
             group, lost = self._new_group(model)
             events += lost
         runner = self._make(model, group.tensors, max_batch=self._options.max_num_seqs)
-        variant = _Variant(name, model, runner, group)
+        speculator = make_speculator(
+            self._options.speculate,
+            Level(name, model, tokenizer, runner),
+            group.scheduler,
+            places=self._options.max_num_seqs,
+        )
+        variant = _Variant(name, model, runner, group, speculator)
         group.members[name] = self._variants[name] = variant
+        _enlist(group)
         group.scheduler.open(name, identity=f"{name}#{next(self._loads)}")
         self._order.append(name)
         return events
@@ -171,6 +187,7 @@ class Core:
         self._order.remove(name)
         variant.group.scheduler.close(name)
         del variant.group.members[name]
+        _enlist(variant.group)
         if not variant.group.members:
             del self._groups[variant.group.layout]
             events += self._share_out(len(self._groups))
@@ -225,7 +242,7 @@ class Core:
         variant = self._next()
         if variant is None:
             return self._land(0)
-        ahead = variant.ahead
+        ahead = variant.ahead and not variant.drafting
         events = [] if ahead else self._land(0)
         before = len(self._flights)
         events += self._guarded(variant, lambda: self._launch(variant))
@@ -257,6 +274,11 @@ class Core:
         """Plan and start a step; it is under way then, unless it picks no token."""
         scheduler = variant.group.scheduler
         plan = scheduler.plan(variant.name)
+        self._turns += 1
+        if plan.decode and not plan.prefill and variant.speculator is not None:
+            events = self._speculate(variant, variant.speculator, plan.decode)
+            if events is not None:
+                return events
         logits: list[Tensor] = []
         jobs: list[Job] = []
         if plan.decode:
@@ -282,6 +304,25 @@ class Core:
                 scheduler.foresee(job.seq)
             self._flights.append(_Flight(variant, jobs, draw))
         return []
+
+    def _speculate(
+        self, variant: _Variant, speculator: Speculator, batch: Sequence[Tokens]
+    ) -> list[Event] | None:
+        """Take a speculative step, if one pays now."""
+        if any(seq.pending for seq in batch):
+            speculator.skip(self._turns, batch)
+            return None
+        jobs = [variant.jobs[id(seq)] for seq in batch]
+        found = speculator.step(self._turns, batch, [job.row for job in jobs])
+        events: list[Event] = []
+        for job, tokens in zip(jobs, found or (), strict=found is not None):
+            for scored in tokens:
+                variant.group.scheduler.advance(job.seq, 1)
+                event = self._accept(variant, job, scored)
+                events.append((job, event))
+                if event.finish_reason is not None:
+                    break
+        return events or None
 
     def _decode(self, variant: _Variant, batch: Sequence[Tokens]) -> Tensor:
         if not any(seq.pending for seq in batch):
@@ -359,6 +400,11 @@ class Core:
         each = -(-context // size) + layout.tail_blocks
         useful = _POOL_LIVES * self._options.max_num_seqs * each + 1
         return min(affordable, useful)
+
+
+def _enlist(group: _Group) -> None:
+    """Tell the group's variants which of them may draft for which."""
+    enlist([m.speculator for m in group.members.values() if m.speculator is not None])
 
 
 def _release(group: _Group) -> None:

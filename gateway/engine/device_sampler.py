@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gateway.engine.base import SamplingParams
 from gateway.engine.sampler import COLDEST, RowState
 
 _NO_CUT = 2.0  # of top_p: 1 could lose the last tokens to rounding
@@ -44,26 +45,46 @@ def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
         [
             [max(row.params.temperature, COLDEST) for row in rows],
             [row.draw() if row.random else -1.0 for row in rows],
-            [row.params.top_k or vocab for row in rows],
-            [row.params.top_p if row.params.top_p < 1.0 else _NO_CUT for row in rows],
-            [row.params.min_p for row in rows],
+            *_limits([row.params for row in rows], vocab),
         ],
         torch.float64,
         logits.device,
     )[:, :, None]
-    heat, uniform = knobs[0].float(), knobs[1]
-    # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
-    best, colder = logits.amax(-1, keepdim=True), heat.reciprocal()
-    weights = torch.exp((logits - best) * colder)
-    if any(row.random and row.cut for row in rows):
-        order = logits.sort(-1, descending=True).values
-        kept = _kept(logits, order, torch.exp((order - best) * colder), *knobs[2:4])
-        weights = weights.where(kept & (weights >= knobs[4].float()), 0.0)
+    cut = any(row.random and row.cut for row in rows)
+    weights, uniform = _weigh(logits, knobs[0], knobs[2:] if cut else None), knobs[1]
     sums = weights.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
     found = torch.searchsorted(sums, target, right=True)
     return torch.where(uniform < 0, -1, found)[:, 0]
+
+
+def weigh(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """What tokens are drawn in proportion to, fp32 as `logits` [rows, vocab]; 0: cut off."""
+    heat = [max(p.temperature, COLDEST) for p in params]
+    knobs = upload([heat, *_limits(params, logits.shape[1])], torch.float64, logits.device)
+    return _weigh(logits, knobs[0, :, None], knobs[1:, :, None])
+
+
+def _limits(params: Sequence[SamplingParams], vocab: int) -> list[list[float]]:
+    """Top-k, top-p and min-p of every row, such that what is off cuts nothing."""
+    return [
+        [p.top_k or vocab for p in params],
+        [p.top_p if p.top_p < 1.0 else _NO_CUT for p in params],
+        [p.min_p for p in params],
+    ]
+
+
+def _weigh(logits: Tensor, heat: Tensor, limits: Tensor | None) -> Tensor:
+    """See `weigh`; `heat` is float64 [rows, 1], `limits` [3, rows, 1] or None: none."""
+    # The largest logit becomes 0 first, so that a tiny temperature cannot overflow.
+    best, colder = logits.amax(-1, keepdim=True), heat.float().reciprocal()
+    weights = torch.exp((logits - best) * colder)
+    if limits is None:
+        return weights
+    order = logits.sort(-1, descending=True).values
+    kept = _kept(logits, order, torch.exp((order - best) * colder), *limits[:2])
+    return weights.where(kept & (weights >= limits[2].float()), 0.0)
 
 
 def _kept(logits: Tensor, order: Tensor, weights: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:

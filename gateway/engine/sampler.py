@@ -181,16 +181,24 @@ def _pick_one(line: Logits, row: RowState) -> int:
     """The token of one line of logits [vocab]."""
     if not row.random:
         return int(line.argmax())
-    heat = max(row.params.temperature, COLDEST)
+    kept, weights = weigh(line, row.params)
+    index = _invert(weights, row.draw())
+    return index if kept is None else int(kept[index])
+
+
+def weigh(line: Logits, params: SamplingParams) -> tuple[NDArray[Any] | None, Weights]:
+    """What a line of logits [vocab] is drawn from: ids that the cut-offs leave (None: all), and
+    what their probabilities are in proportion to."""
+    heat = max(params.temperature, COLDEST)
     best = line.max()
-    if not row.cut:
-        return _invert(_weights(line, best, heat), row.draw())
-    kept = _kept(line, best, heat, row.params)
+    if params.top_k == 0 and params.top_p >= 1.0 and params.min_p == 0.0:
+        return None, _weights(line, best, heat)
+    kept = _kept(line, best, heat, params)
     weights = _weights(line[kept], best, heat)
-    if row.params.min_p > 0:
-        likely = weights >= np.float32(row.params.min_p)
+    if params.min_p > 0:
+        likely = weights >= np.float32(params.min_p)
         kept, weights = kept[likely], weights[likely]
-    return int(kept[_invert(weights, row.draw())])
+    return kept, weights
 
 
 def _weights(logits: Logits, best: np.float32, heat: float) -> Weights:

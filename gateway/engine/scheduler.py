@@ -112,6 +112,8 @@ class _Queues:
     running: list[Sequence] = field(default_factory=list)
     preemptions: int = 0
     hit_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 def _arrival(seq: Sequence) -> int:
@@ -208,6 +210,12 @@ class Scheduler:
                 self.pool.store(seq.blocks[index], seq.keys[index])
             seq.stored = full
 
+    def count_drafts(self, variant: str, drafted: int, accepted: int) -> None:
+        """Add to what speculation proposed for a variant's sequences, and what was kept of it."""
+        queues = self._queues[variant]
+        queues.drafted += drafted
+        queues.accepted += accepted
+
     def foresee(self, seq: Sequence) -> None:
         """A token of `seq` is being sampled; `append` will tell which."""
         seq.tokens.append(UNKNOWN)
@@ -261,6 +269,8 @@ class Scheduler:
             kv_total_blocks=self.pool.total,
             prefix_hit_tokens=queues.hit_tokens,
             preemptions=queues.preemptions,
+            drafted_tokens=queues.drafted,
+            accepted_tokens=queues.accepted,
         )
 
     def check_integrity(self) -> None:

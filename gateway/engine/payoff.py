@@ -1,0 +1,175 @@
+"""Whether speculation pays, and how many tokens to draft: from what steps took and what was kept.
+
+A step over m rows takes T(m) seconds, whether they are m sequences or fewer of them with drafts to
+verify; a drafter takes d seconds per token. With acceptance α, k drafts of a row yield
+1 + α + … + αᵏ tokens. So a step of b rows yields Σ yields ÷ (T(b + Σ k) + k · d) tokens a second
+with drafts and b ÷ T(b) without, and the larger one is taken. T, d and α are measured while
+serving: what is not known yet is tried now and then, what was slower is tried ever more rarely.
+
+Owns figures and the arithmetic. Torch-free, and it has no clock.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+_MARGIN = 1.03  # speculation has to be this much faster
+_COLD = 2  # first samples of a size
+_ENOUGH = 3  # samples after them before a time is relied upon
+_WEIGHT = 0.1  # of a new sample in a running mean
+_OUTLIER = 3.0  # times the mean; more is another program's doing
+_WORTH = 0.2  # a token that is kept more rarely is not drafted
+_UNTRIED = 3  # tokens of a first draft
+_FIRST_PATIENCE, _LAST_PATIENCE = 8, 1024  # plain steps before another try
+_WARMTH = 16  # steps
+_REFRESH = 128  # speculative steps before a plain one, so that its time stays known
+_MEMORY = 0.99  # what older verdicts weigh after each step
+_PRIOR_WEIGHT = 8.0  # verdicts that a drafter's prior stands for
+
+
+class Offer(NamedTuple):
+    """What a drafter can do for one row: at most `most` tokens, each kept with chance `alpha`."""
+
+    alpha: float
+    most: int
+
+
+class Choice(NamedTuple):
+    """Draft `counts[i]` tokens for row i."""
+
+    drafter: str
+    counts: list[int]
+
+
+class Curve:
+    """Seconds by size: running means where it was measured, straight lines between and beyond."""
+
+    def __init__(self) -> None:
+        self._means: dict[int, float] = {}
+        self._samples: dict[int, int] = {}
+        self._sizes: list[int] = []
+
+    def note(self, size: int, seconds: float) -> None:
+        """One sample. The first ones of a size may hold a compilation or a graph's capture and
+        are left out."""
+        seen = self._samples[size] = self._samples.get(size, 0) + 1
+        if seen <= _COLD:
+            return
+        if size not in self._means:
+            self._means[size] = seconds
+            self._sizes = sorted(self._means)
+            return
+        mean = self._means[size]
+        weight = max(_WEIGHT, 1 / (seen - _COLD))
+        self._means[size] += weight * (min(seconds, _OUTLIER * mean) - mean)
+
+    def known(self, size: int) -> bool:
+        """Whether the size itself was measured often enough."""
+        return self._samples.get(size, 0) >= _COLD + _ENOUGH
+
+    def at(self, size: int) -> float | None:
+        """Seconds at `size`; None when nothing was measured."""
+        sizes, means = self._sizes, self._means
+        if not sizes:
+            return None
+        if size in means or len(sizes) == 1 or size < sizes[0]:
+            return means.get(size, means[sizes[0]])
+        index = min(bisect_left(sizes, size), len(sizes) - 1)
+        low, high = sizes[index - 1], sizes[index]
+        slope = max(0.0, (means[high] - means[low]) / (high - low))
+        return means[low] + slope * (size - low)
+
+
+@dataclass(slots=True)
+class Verdicts:
+    """How often drafted tokens were kept, recent ones counting more."""
+
+    tested: float = 0.0
+    kept: float = 0.0
+
+    def note(self, tested: int, kept: int) -> None:
+        self.tested = self.tested * _MEMORY + tested
+        self.kept = self.kept * _MEMORY + kept
+
+    def rate(self, prior: float) -> float:
+        """The chance that a token is kept, starting from `prior`."""
+        return (self.kept + _PRIOR_WEIGHT * prior) / (self.tested + _PRIOR_WEIGHT)
+
+
+@dataclass(slots=True)
+class Payoff:
+    """The figures of one target level on one host."""
+
+    steps: Curve = field(default_factory=Curve)  # by rows
+    drafts: dict[str, Curve] = field(default_factory=dict)  # a drafter's, by rows, per token
+    _patience: int = _FIRST_PATIENCE
+    _plain: int = 0  # plain steps since the last try
+    _fast: int = 0  # speculative steps since the last plain one
+    _batch: int = 0  # rows when it was chosen last
+    _warm: int = 0  # steps to go on asking for after one that promised to pay
+
+    def due(self, batch: int) -> bool:
+        """Whether `choose` may say anything but None for `batch` rows; else tell `skip`."""
+        return self._warm > 0 or self._plain >= self._patience or batch != self._batch
+
+    def skip(self) -> None:
+        """A plain step is taken without asking."""
+        self._plain += 1
+
+    def choose(
+        self, batch: int, offers: Mapping[str, Sequence[Offer]], places: int
+    ) -> Choice | None:
+        """The best draft for a step of `batch` rows, or None for a plain step.
+
+        Args:
+            offers: by drafter, what it can do for each row.
+            places: rows that a step can have.
+        """
+        plain, self._batch = self.steps.at(batch), batch
+        best, rate = None, 0.0
+        if plain is None or not self.steps.known(batch):
+            self._plain, self._batch = self._plain + 1, 0  # ask again
+            return None
+        for name, rows in offers.items():
+            choice, found = self._best(name, batch, rows, places)
+            if choice is not None and found > rate:
+                best, rate = choice, found
+        if best is not None and rate * plain > _MARGIN * batch:
+            self._patience, self._warm, self._plain = _FIRST_PATIENCE, _WARMTH, 0
+            self._fast = 0 if self._fast >= _REFRESH else self._fast + 1
+            return best if self._fast else None
+        tried = self._plain >= self._patience
+        self._warm, self._fast = max(0, self._warm - 1), 0
+        self._plain = 0 if tried else self._plain + 1
+        if not tried or best is None:
+            return None
+        self._patience = min(2 * self._patience, _LAST_PATIENCE)
+        return best
+
+    def _best(
+        self, name: str, batch: int, rows: Sequence[Offer], places: int
+    ) -> tuple[Choice | None, float]:
+        """The fastest number of tokens to draft, and the tokens a second that it promises."""
+        curve = self.drafts.setdefault(name, Curve())
+        drafting = sum(row.most > 0 for row in rows)
+        each = curve.at(drafting) if drafting else None
+        most = max((row.most for row in rows), default=0)
+        if each is None:
+            each, most = 0.0, min(most, _UNTRIED)
+        counts, chances = [0] * len(rows), [1.0] * len(rows)
+        total, tokens, best, rate = batch, float(batch), None, 0.0
+        for k in range(1, most + 1):
+            for i, row in enumerate(rows):
+                chance = chances[i] * row.alpha
+                if counts[i] == k - 1 < row.most and chance >= _WORTH and total < places:
+                    counts[i], chances[i] = k, chance
+                    tokens, total = tokens + chance, total + 1
+            if k not in counts:
+                break
+            seconds = (self.steps.at(total) or 0.0) + k * each
+            if seconds > 0 and tokens / seconds > rate:
+                best, rate = Choice(name, list(counts)), tokens / seconds
+        return best, rate
