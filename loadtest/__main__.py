@@ -21,8 +21,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from loadtest import options as opt
-from loadtest import overhead, stall, workloads
+from loadtest import overhead, shapes, stall, workloads
 from loadtest.client import Client, Outcome, Target, calibrate
+from loadtest.compare import cli as compare
 from loadtest.machine import provenance
 from loadtest.mix import BadInput, Goals, Mix, load_mix, single_class
 from loadtest.report import record, summarize
@@ -34,6 +35,8 @@ app = typer.Typer(
 )
 app.command("overhead")(overhead.command)
 app.command("stall")(stall.command)
+app.command("shapes")(shapes.command)
+app.add_typer(compare.app, name="compare")
 
 _Rate = Annotated[
     float | None,
