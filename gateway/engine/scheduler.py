@@ -276,6 +276,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raise AssertionError unless queues, sequences and pool agree."""
         self.pool.check_integrity(seq.blocks + seq.tail for seq in self._running())
+        size = self.pool.block_size
         for queues in self._queues.values():
             assert len(queues.running) <= self._limits.max_num_seqs
             assert queues.running == sorted(queues.running, key=_arrival)
@@ -288,7 +289,11 @@ class Scheduler:
             for seq in (*queues.running, *queues.waiting):
                 unknown = [i for i, token in enumerate(seq.tokens) if token == UNKNOWN]
                 assert unknown == list(range(len(seq.tokens) - seq.pending, len(seq.tokens)))
-                assert seq.stored * self.pool.block_size <= min(seq.computed, len(seq.tokens))
+                assert seq.stored * size <= min(seq.computed, len(seq.tokens) - seq.pending)
+                parent = queues.root
+                for index, key in enumerate(seq.keys):
+                    parent = chain_key(parent, seq.tokens[index * size : (index + 1) * size])
+                    assert key == parent
             for seq in queues.running:
                 assert 0 <= seq.computed <= len(seq.tokens)
                 assert len(seq.blocks) >= self._blocks_for(seq.computed)

@@ -45,6 +45,31 @@ def execute(scheduler: Scheduler, plan: Plan, token: int = 5) -> None:
             scheduler.finish(one)
 
 
+class Late:
+    """Runs plans as an engine that learns a step's tokens after the next one was planned."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.under_way: list[Sequence] = []
+
+    def execute(self, plan: Plan, token: int = 5) -> None:
+        before, self.under_way = self.under_way, list(plan.decode)
+        for one in plan.decode:
+            self.scheduler.advance(one, 1)
+        for chunk in plan.prefill:
+            if chunk.samples:
+                self.under_way.append(chunk.seq)
+            self.scheduler.advance(chunk.seq, chunk.length)
+        for one in self.under_way:
+            assert one.generated < one.max_tokens
+            self.scheduler.foresee(one)
+        self.scheduler.check_integrity()
+        for one in before:
+            self.scheduler.append(one, token)
+            if one.known >= one.max_tokens:
+                self.scheduler.finish(one)
+
+
 def test_a_long_prompt_never_stops_decoding() -> None:
     scheduler = make(blocks=100)
     first, long = seq(4, 30), seq(80, 4)
@@ -206,11 +231,13 @@ class Life(RuleBasedStateMachine):
         size=st.sampled_from([1, 3, 4]),
         seqs=st.integers(1, 4),
         chunk=st.integers(1, 9),
+        late=st.booleans(),
     )
-    def start(self, blocks: int, size: int, seqs: int, chunk: int) -> None:
+    def start(self, blocks: int, size: int, seqs: int, chunk: int, late: bool) -> None:
         self.scheduler = make(
             blocks, size, ("a", "b"), max_num_seqs=seqs, prefill_chunk=chunk, max_waiting=6
         )
+        self.late = Late(self.scheduler) if late else None
         self.places = seqs + 6
         self.alive: list[Sequence] = []
 
@@ -240,8 +267,14 @@ class Life(RuleBasedStateMachine):
             assert 0 < chunk.length <= chunk.seq.left
         for one in plan.decode:
             assert len(one.blocks) * self.scheduler.pool.block_size >= len(one.tokens)
-        execute(self.scheduler, plan, token)
-        self.alive = [one for one in self.alive if one.generated < one.max_tokens]
+        self.execute(plan, token)
+        self.alive = [one for one in self.alive if one.known < one.max_tokens]
+
+    def execute(self, plan: Plan, token: int = 5) -> None:
+        if self.late is None:
+            execute(self.scheduler, plan, token)
+        else:
+            self.late.execute(plan, token)
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -260,11 +293,32 @@ class Life(RuleBasedStateMachine):
         budget = 2000
         while any(self.scheduler.has_work(v) for v in "ab"):
             for variant in "ab":
-                execute(self.scheduler, self.scheduler.plan(variant))
+                self.execute(self.scheduler.plan(variant))
             self.scheduler.check_integrity()
             budget -= 1
             assert budget, "the scheduler makes no progress"
         assert self.scheduler.pool.used == 0
+
+
+def test_reserved_blocks_come_from_nobody() -> None:
+    scheduler = make(blocks=8)
+    first, second = seq(8, 20), seq([7] * 8, 20)
+    scheduler.add(first)
+    scheduler.add(second)
+    execute(scheduler, scheduler.plan("a"))
+    execute(scheduler, scheduler.plan("a"))
+    assert second.generated == 1
+    assert scheduler.reserve(first, 2) == 2
+    assert scheduler.reserve(first, 100) == 4 * len(first.blocks) - len(first.tokens)
+    assert scheduler.pool.available == 0
+    assert scheduler.reserve(second, 1) == 4 * len(second.blocks) - len(second.tokens)
+    scheduler.check_integrity()
+    scheduler.add(seq(4))
+    assert scheduler.reserve(second, 9) < 9
+    while scheduler.has_work("a"):
+        execute(scheduler, scheduler.plan("a"))
+        scheduler.check_integrity()
+    assert (first.generated, second.generated) == (20, 20)
 
 
 Life.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
