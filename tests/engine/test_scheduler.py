@@ -300,6 +300,19 @@ class Life(RuleBasedStateMachine):
         assert self.scheduler.pool.used == 0
 
 
+def test_a_preempted_sequence_waits_for_the_token_under_way() -> None:
+    scheduler = make()
+    one = seq(6, 5)
+    scheduler.add(one)
+    late = Late(scheduler)
+    late.execute(scheduler.plan("a"))
+    scheduler.preempt_all()
+    assert not scheduler.plan("a")
+    scheduler.append(one, 5)
+    assert [chunk.length for chunk in scheduler.plan("a").prefill] == [7]
+    scheduler.check_integrity()
+
+
 def test_reserved_blocks_come_from_nobody() -> None:
     scheduler = make(blocks=8)
     first, second = seq(8, 20), seq([7] * 8, 20)
