@@ -154,7 +154,7 @@ class Pace:
         while self._core.busy:
             jobs = self._step()
             if first:
-                first -= jobs
+                first -= set(jobs)
                 began = time.perf_counter()
             else:
                 made += len(jobs)
@@ -167,20 +167,20 @@ class Pace:
             self._step()
         return {"seconds": time.perf_counter() - began, "tokens": ask.tokens}
 
-    def _step(self) -> set[int]:
-        """One step of the engine; ids of the jobs that got a token. Raises: EngineError."""
+    def _step(self) -> list[int]:
+        """One step of the engine; for every token the id of its job. Raises: EngineError."""
         events = self._core.step()
         for _, event in events:
             if isinstance(event, Exception):
                 raise event
-        return {id(job) for job, _ in events}
+        return [id(job) for job, _ in events]
 
     def _submit(self, ask: Ask, new: int) -> set[int]:
         """Queue greedy requests on random prompts; the ids of their jobs."""
         import torch
 
         from gateway.engine.base import GenerationRequest, SamplingParams
-        from gateway.engine.core import Job
+        from gateway.engine.job import Job
 
         sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
         jobs = []

@@ -69,9 +69,8 @@ def main() -> None:
         try:
             if worker is None:
                 worker = Worker(ask)
-                answer = {
-                    "versions": {"openvino-genai": import_module("openvino_genai").__version__}
-                }
+                version = import_module("openvino_genai").__version__
+                answer: dict[str, Any] = {"versions": {"openvino-genai": version}}
             else:
                 answer = getattr(worker, ask["kind"])(ask)
         except Exception as error:  # whoever asked must hear of it, whatever it was
