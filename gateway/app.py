@@ -27,6 +27,7 @@ from compressors.recipe import RecipeError, expand
 from gateway.api import console, explain, health, levels, openai, policies
 from gateway.api.auth import AuthMiddleware
 from gateway.api.deps import Services
+from gateway.api.front import FrontMiddleware
 from gateway.api.limits import BodyLimitMiddleware
 from gateway.api.problems import install_error_handlers
 from gateway.config import BUILTIN, DEFAULT_LEVELS, LADDERS, Model, Settings
@@ -171,6 +172,7 @@ def make_app(services: Services) -> FastAPI:
     for module in (openai, explain, levels, policies, health, console):
         app.include_router(module.router)
     install_error_handlers(app)
+    app.add_middleware(FrontMiddleware, services=services)
     app.add_middleware(BodyLimitMiddleware, max_bytes=services.settings.limits.max_body_bytes)
     app.add_middleware(AuthMiddleware, keys=services.settings.api_keys)
     return app

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
@@ -30,6 +30,7 @@ _ERROR = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 5, 10)
 _PLACE = ("model", "level")
 _SERVED = ("model", "level", "policy")
 
+_Metric = TypeVar("_Metric", Counter, Gauge, Histogram)
 Tier = Literal["memory", "disk", "redis"]
 
 
@@ -66,6 +67,7 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry or CollectorRegistry()
+        self._children: dict[tuple[object, ...], Any] = {}
         self._requests = self._counter("requests", "Requests by status", (*_SERVED, "code"))
         self._ttft = self._histogram(
             "time_to_first_token_seconds", "Arrival to first token", _SERVED, _TTFT
@@ -139,7 +141,7 @@ class Metrics:
 
     def request_finished(self, done: Finished) -> None:
         labels = (done.model, done.level, done.policy)
-        self._requests.labels(*labels, str(done.code)).inc()
+        self._at(self._requests, *labels, str(done.code)).inc()
         timings = (
             (self._queue, done.queue_s),
             (self._ttft, done.ttft_s),
@@ -148,25 +150,25 @@ class Metrics:
         )
         for histogram, seconds in timings:
             if seconds is not None:
-                histogram.labels(*labels).observe(seconds)
+                self._at(histogram, *labels).observe(seconds)
         if done.generated_tokens:
-            self._prompt.labels(*labels).inc(done.prompt_tokens)
-            self._cached.labels(*labels).inc(done.cached_tokens)
-            self._generated.labels(*labels).inc(done.generated_tokens)
+            self._at(self._prompt, *labels).inc(done.prompt_tokens)
+            self._at(self._cached, *labels).inc(done.cached_tokens)
+            self._at(self._generated, *labels).inc(done.generated_tokens)
 
     def slo(self, model: str, level: str, policy: str, missed: Iterable[str]) -> None:
         """`missed`: names of the budget fields not kept; none means the SLO was met."""
         missed = tuple(missed)
         if not missed:
-            self._slo_met.labels(model, level, policy).inc()
+            self._at(self._slo_met, model, level, policy).inc()
         for budget in missed:
-            self._slo_missed.labels(model, level, policy, budget).inc()
+            self._at(self._slo_missed, model, level, policy, budget).inc()
 
     def decision(
         self, model: str, level: str | None, policy: str, action: str, reason: str
     ) -> None:
         """`reason` must be a short code from a closed set, not a sentence."""
-        self._decisions.labels(model, level or NONE, policy, action, reason).inc()
+        self._at(self._decisions, model, level or NONE, policy, action, reason).inc()
 
     def predicted(
         self,
@@ -178,7 +180,7 @@ class Metrics:
         """A prediction made for a request that will be served."""
         target = {"ttft": self._predicted_ttft, "tpot": self._predicted_tpot}.get(quantity)
         if target is not None:
-            target.labels(model, level).observe(predicted_s)
+            self._at(target, model, level).observe(predicted_s)
 
     def prediction_error(
         self,
@@ -191,42 +193,44 @@ class Metrics:
     ) -> None:
         if measured_s > 0:
             error = abs(predicted_s - measured_s) / measured_s
-            self._error.labels(model, level, quantity).observe(error)
+            self._at(self._error, model, level, quantity).observe(error)
 
     def shadowed(self, model: str, level: str, tokens: int, agreeing: int, nll: float) -> None:
         """One answer scored by the dense level."""
-        self._shadow_requests.labels(model, level).inc()
-        self._shadow_tokens.labels(model, level).inc(tokens)
-        self._shadow_agreements.labels(model, level).inc(agreeing)
-        self._shadow_nll.labels(model, level).inc(nll)
+        self._at(self._shadow_requests, model, level).inc()
+        self._at(self._shadow_tokens, model, level).inc(tokens)
+        self._at(self._shadow_agreements, model, level).inc(agreeing)
+        self._at(self._shadow_nll, model, level).inc(nll)
 
     # -- builds and cache -------------------------------------------------------------------
 
     def job_changed(self, job: Job) -> None:
         """Follow a build job; give this to the job board."""
         if not job.ended:
-            self._progress.labels(job.model, job.level).set(job.progress)
+            self._at(self._progress, job.model, job.level).set(job.progress)
             return
-        self._progress.labels(job.model, job.level).set(1.0 if job.state is JobState.DONE else 0.0)
-        self._builds.labels(job.model, job.level, job.state.value).observe(job.build_seconds)
+        self._at(self._progress, job.model, job.level).set(
+            1.0 if job.state is JobState.DONE else 0.0
+        )
+        self._at(self._builds, job.model, job.level, job.state.value).observe(job.build_seconds)
 
     def loaded(self, model: str, level: str, seconds: float) -> None:
-        self._loads.labels(model, level).observe(seconds)
+        self._at(self._loads, model, level).observe(seconds)
 
     def cache_hit(self, tier: Tier) -> None:
-        self._hits.labels(tier).inc()
+        self._at(self._hits, tier).inc()
 
     def cache_miss(self, tier: Tier) -> None:
-        self._misses.labels(tier).inc()
+        self._at(self._misses, tier).inc()
 
     def cache_evicted(self, tier: Tier, count: int = 1) -> None:
-        self._evictions.labels(tier).inc(count)
+        self._at(self._evictions, tier).inc(count)
 
     def cache_corrupted(self, tier: Tier) -> None:
-        self._corruptions.labels(tier).inc()
+        self._at(self._corruptions, tier).inc()
 
     def cache_bytes(self, tier: Tier, size: float) -> None:
-        self._bytes.labels(tier).set(size)
+        self._at(self._bytes, tier).set(size)
 
     def redis_up(self, up: bool) -> None:
         self._redis_up.set(1.0 if up else 0.0)
@@ -240,6 +244,13 @@ class Metrics:
     def render(self) -> bytes:
         """The text exposition format."""
         return generate_latest(self.registry)
+
+    def _at(self, metric: _Metric, *labels: str) -> _Metric:
+        """The child of these labels; its own look-up takes a lock and three times as long."""
+        child = self._children.get((metric, *labels))
+        if child is None:
+            child = self._children[metric, *labels] = metric.labels(*labels)
+        return cast(_Metric, child)
 
     def _counter(self, name: str, text: str, labels: Sequence[str]) -> Counter:
         return Counter(f"pressgate_{name}", text, labels, registry=self.registry)

@@ -6,9 +6,9 @@ Decides nothing and sends nothing. Closed once, whatever way the request ended.
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from secrets import token_hex
 from typing import Any, Literal
 
 from gateway.api.deps import Services
@@ -19,6 +19,7 @@ from gateway.policy.budget import Costs, excess
 from gateway.policy.decision import Decision
 from gateway.policy.policy import Policy
 from gateway.quality.shadow import Answer
+from gateway.variants.card import Card
 from gateway.variants.variant import LadderSnapshot
 
 _HUNG_UP = 499
@@ -67,7 +68,8 @@ class Account:
         self._snapshot: LadderSnapshot | None = None
         self._leased_at: float | None = None
         self._measured: Measured | None = None
-        self.decision_id = f"dec-{uuid.uuid4().hex[:16]}"
+        self._broken: tuple[str, ...] | None = None
+        self.decision_id = f"dec-{token_hex(8)}"
         self.choices: Sequence[Choice] = ()
         self.code = 500
 
@@ -180,24 +182,32 @@ class Account:
         return sum(choice.cached_tokens for choice in self.choices[:: self._wanted.n])
 
     def _missed(self, measured: Measured) -> tuple[str, ...]:
-        """The bounds of the effective budget that this answer did not keep.
+        """The bounds of the effective budget that this answer did not keep; found once.
 
         Times are measured; the quality is the level's card's; memory is the predicted footprint
         (weights and KV are allocated as computed).
         """
-        decision, snapshot = self._decision, self._snapshot
-        assert decision is not None
-        assert snapshot is not None
-        facts = snapshot.level(self.level)
-        costs = Costs(
-            ttft_ms=measured.ttft_ms,
-            tpot_ms=measured.tpot_ms,
-            latency_ms=measured.latency_ms,
-            memory_mb=decision.predicted.memory_mb if decision.predicted else None,
-            max_ppl_ratio=facts.card.perplexity_ratio if facts else None,
-            min_agreement=facts.card.top1_agreement if facts else None,
-        )
-        return tuple(excess(decision.budget.bounds(), costs))
+        if self._broken is None:
+            decision, snapshot = self._decision, self._snapshot
+            assert decision is not None
+            assert snapshot is not None
+            bounds = decision.budget.bounds()
+            card = _card(snapshot, self.level) if bounds else None
+            costs = Costs(
+                ttft_ms=measured.ttft_ms,
+                tpot_ms=measured.tpot_ms,
+                latency_ms=measured.latency_ms,
+                memory_mb=decision.predicted.memory_mb if decision.predicted else None,
+                max_ppl_ratio=card.perplexity_ratio if card else None,
+                min_agreement=card.top1_agreement if card else None,
+            )
+            self._broken = tuple(excess(bounds, costs))
+        return self._broken
+
+
+def _card(snapshot: LadderSnapshot, level: str) -> Card | None:
+    facts = snapshot.level(level)
+    return facts.card if facts else None
 
 
 def _seconds(ms: float | None) -> float | None:

@@ -28,7 +28,7 @@ async def explain(request: Request, services: Using, caller: CalledBy) -> dict[s
     raw = await read_body(request)
     body = parse(raw, ChatBody) if _is_chat(raw) else parse(raw, CompletionBody)
     wanted = await prepare(body, services, read_sla(body.sla, request.headers))
-    policy = policy_for(request, services, caller, wanted)
+    policy = policy_for(request.url.path, request.headers, services, caller, wanted)
     ask = ask_of(wanted)
     decision, snapshot = make_decision(services, ask, policy)
     return explanation(ask, policy, decision, snapshot)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from secrets import token_hex
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -113,14 +113,13 @@ def refusal(decision: Decision) -> PressgateError:
             return BudgetUnmet(decision.reason, param="sla", retry_after=retry, extra=extra)
 
 
-class GenerationResponse(Response):
-    """Serves one prepared request; errors before the first byte are raised as usual."""
+class Generation:
+    """Serves one prepared request; errors before the first byte are raised as `PressgateError`."""
 
     def __init__(
         self, services: Services, wanted: Wanted, policy: Policy, key: str | None, arrived: float
     ) -> None:
         """`arrived`: `time.perf_counter()` when the request came in; `key`: name of the API key."""
-        super().__init__()
         self._services = services
         self._wanted = wanted
         self._policy = policy
@@ -218,7 +217,7 @@ class GenerationResponse(Response):
         wanted = self._wanted
         return [
             GenerationRequest(
-                id=uuid.uuid4().hex,
+                id=token_hex(16),
                 prompt=prompt,
                 sampling=wanted.seeded(i),
                 prompt_logprobs=wanted.prompt_logprobs,
@@ -274,3 +273,14 @@ class GenerationResponse(Response):
     @staticmethod
     async def _send_last(send: Send, data: bytes) -> None:
         await send({"type": "http.response.body", "body": data, "more_body": False})
+
+
+class GenerationResponse(Response):
+    """A generation as what a path operation returns."""
+
+    def __init__(self, generation: Generation) -> None:
+        super().__init__()
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._generation(scope, receive, send)

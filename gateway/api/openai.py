@@ -1,22 +1,17 @@
-"""OpenAI's endpoints. Thin: read, bound, match a policy, hand over to the walk."""
+"""OpenAI's endpoints. Thin: `front` begins a generation, `generate` serves it."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from gateway.api.auth import Caller
-from gateway.api.deps import CalledBy, Services, Using
+from gateway.api.deps import Services, Using
+from gateway.api.front import CHAT, COMPLETIONS, begin
 from gateway.api.generate import GenerationResponse
-from gateway.api.match import policy_for
-from gateway.api.prepare import prepare, read_sla, split_model
-from gateway.api.schemas import ChatBody, CompletionBody, body_schema, parse, read_body
-from gateway.errors import NotFound, PressgateError
-from gateway.metrics import NONE, Finished
+from gateway.api.prepare import split_model
+from gateway.api.schemas import ChatBody, CompletionBody, body_schema
+from gateway.errors import NotFound
 
 router = APIRouter(tags=["OpenAI"])
 
@@ -29,52 +24,23 @@ _SLO_HEADERS = (
 
 
 @router.post(
-    "/v1/chat/completions",
+    CHAT,
     summary="Chat",
     description=_SLO_HEADERS,
     openapi_extra=body_schema(ChatBody),
 )
-async def chat(request: Request, services: Using, caller: CalledBy) -> GenerationResponse:
-    with _counting_refusals(services):
-        arrived = time.perf_counter()
-        body = parse(await read_body(request), ChatBody)
-        return await _generation(request, services, caller, body, arrived)
+async def chat(request: Request, services: Using) -> GenerationResponse:
+    return GenerationResponse(await begin(services, ChatBody, request.scope, request.receive))
 
 
 @router.post(
-    "/v1/completions",
+    COMPLETIONS,
     summary="Complete a text",
     description=_SLO_HEADERS,
     openapi_extra=body_schema(CompletionBody),
 )
-async def completions(request: Request, services: Using, caller: CalledBy) -> GenerationResponse:
-    with _counting_refusals(services):
-        arrived = time.perf_counter()
-        body = parse(await read_body(request), CompletionBody)
-        return await _generation(request, services, caller, body, arrived)
-
-
-@contextmanager
-def _counting_refusals(services: Services) -> Iterator[None]:
-    """Requests that never reach the walk count under no model; the walk counts all others."""
-    try:
-        yield
-    except PressgateError as error:
-        services.metrics.request_finished(Finished(NONE, NONE, NONE, error.status))
-        raise
-
-
-async def _generation(
-    request: Request,
-    services: Services,
-    caller: Caller,
-    body: ChatBody | CompletionBody,
-    arrived: float,
-) -> GenerationResponse:
-    sla = read_sla(body.sla, request.headers)
-    wanted = await prepare(body, services, sla)
-    policy = policy_for(request, services, caller, wanted)
-    return GenerationResponse(services, wanted, policy, caller.key, arrived)
+async def completions(request: Request, services: Using) -> GenerationResponse:
+    return GenerationResponse(await begin(services, CompletionBody, request.scope, request.receive))
 
 
 @router.get("/v1/models", summary="Models and their levels")

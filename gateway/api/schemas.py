@@ -7,6 +7,7 @@ ignored; those whose loss would surprise (tools, audio, `suffix`, …) are refus
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
@@ -18,7 +19,8 @@ from pydantic import (
     WithJsonSchema,
     model_validator,
 )
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
+from starlette.types import Receive
 
 from gateway.api.problems import validate_error
 from gateway.errors import InvalidRequest
@@ -264,22 +266,33 @@ class CompletionBody(Generate):
 
 
 async def read_body(request: Request) -> bytes:
+    """The raw JSON body; see `read`."""
+    return await read(request.headers, request.receive)
+
+
+async def read(headers: Mapping[str, str], receive: Receive) -> bytes:
     """The raw JSON body.
 
     Raises:
-        InvalidRequest: not declared as JSON, or empty. BodyTooLarge: from the limit middleware.
+        InvalidRequest: not declared as JSON, empty, or the caller left. BodyTooLarge: from the
+            limit middleware.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and "+json" in kind):
         raise InvalidRequest(
             f"content-type must be application/json, not {kind[:64] or 'missing'}",
             param="content-type",
         )
-    try:
-        raw = await request.body()
-    except ClientDisconnect:
-        raise InvalidRequest("the caller left while sending the body", param="body") from None
-    if not raw.strip():
+    parts: list[bytes] = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise InvalidRequest("the caller left while sending the body", param="body")
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    raw = b"".join(parts)
+    if not raw or raw.isspace():
         raise InvalidRequest("the body is empty; a JSON object is needed", param="body")
     return raw
 

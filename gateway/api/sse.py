@@ -6,10 +6,10 @@ A plain token costs one `orjson.dumps` of its text between two prebuilt byte str
 from __future__ import annotations
 
 import time
-import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from secrets import token_hex
 from typing import Any, Protocol
 
 import orjson
@@ -109,17 +109,20 @@ class _Base(ABC):
     whole_object: str
 
     def __init__(self, model: str, n: int, include_usage: bool) -> None:
-        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.id = f"{self.prefix}-{token_hex(16)}"
         self._head = {"id": self.id, "object": "", "created": int(time.time()), "model": model}
         self._tail: dict[str, Any] = {"usage": None} if include_usage else {}
-        self._frames = [self._frame(index) for index in range(n)]
+        self._frames: list[tuple[bytes, bytes] | None] = [None] * n
 
     def _frame(self, index: int) -> tuple[bytes, bytes]:
         """The bytes before and after the text of a plain chunk."""
-        marker = "\u0001"
-        chunk = self._chunk([self._plain(index, marker)], None)
-        before, _, after = chunk.partition(orjson.dumps(marker))
-        return before, after
+        frame = self._frames[index]
+        if frame is None:
+            marker = "\u0001"
+            chunk = self._chunk([self._plain(index, marker)], None)
+            before, _, after = chunk.partition(orjson.dumps(marker))
+            frame = self._frames[index] = (before, after)
+        return frame
 
     @abstractmethod
     def _plain(self, index: int, text: str) -> dict[str, Any]:
@@ -155,7 +158,7 @@ class ChatShape(_Base):
 
     def chunk(self, choice: Choice, event: TokenEvent, extra: Mapping[str, Any] | None) -> bytes:
         if event.logprob is None and event.finish_reason is None and extra is None:
-            before, after = self._frames[choice.index]
+            before, after = self._frame(choice.index)
             return before + orjson.dumps(event.text) + after
         scored = [event.logprob] if event.logprob is not None else []
         entry = {
@@ -204,7 +207,7 @@ class TextShape(_Base):
 
     def chunk(self, choice: Choice, event: TokenEvent, extra: Mapping[str, Any] | None) -> bytes:
         if event.logprob is None and event.finish_reason is None and extra is None:
-            before, after = self._frames[choice.index]
+            before, after = self._frame(choice.index)
             return before + orjson.dumps(event.text) + after
         entry = self._plain(choice.index, event.text) | {"finish_reason": event.finish_reason}
         if event.logprob is not None:

@@ -62,7 +62,11 @@ def serve(
     )
     logging.getLogger().setLevel(settings.log_level.upper())
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    asyncio.run(_serve(settings))
+    from uvicorn.loops.auto import auto_loop_factory
+
+    # uvicorn picks the quickest loop only when it is what runs the loop.
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        runner.run(_serve(settings))
 
 
 async def _serve(settings: Settings) -> None:

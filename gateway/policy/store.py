@@ -81,8 +81,7 @@ class PolicyStore:
         self._configured = {policy.name: policy for policy in (DEFAULT, *configured)}
         self._documents = documents
         self._writing = asyncio.Lock()
-        self._stored: Mapping[str, Policy] = MappingProxyType({})
-        self._active: Mapping[str, Policy] = MappingProxyType(self._configured)
+        self._swap({})
 
     async def load(self) -> None:
         """Read what is stored and follow every later change, made here or by another replica."""
@@ -108,9 +107,11 @@ class PolicyStore:
             if facts.api_key is not None:
                 self._check_key(policy, facts.api_key)
             return policy
-        headers = {name.lower(): value for name, value in facts.headers.items()}
-        fitting = (policy for policy in self._active.values() if _matches(policy, facts, headers))
-        return min(fitting, key=_order, default=self._active[DEFAULT.name])
+        headers: Mapping[str, str] = {}
+        if self._by_header:
+            headers = {name.lower(): value for name, value in facts.headers.items()}
+        fitting = (policy for policy in self._matching if _matches(policy, facts, headers))
+        return next(fitting, self._active[DEFAULT.name])
 
     def get(self, name: str) -> Policy:
         """
@@ -188,15 +189,17 @@ class PolicyStore:
         self._swap(others)
 
     def _swap(self, stored: dict[str, Policy]) -> None:
-        self._stored = MappingProxyType(stored)
-        self._active = MappingProxyType(self._configured | stored)
+        self._stored: Mapping[str, Policy] = MappingProxyType(stored)
+        self._active: Mapping[str, Policy] = MappingProxyType(self._configured | stored)
+        # Those that match at all, the first to match first.
+        self._matching = [policy for policy in self.list() if _conditions(policy)]
+        self._by_header = any(policy.match.header for policy in self._matching)
 
 
 def _matches(policy: Policy, facts: RequestFacts, headers: Mapping[str, str]) -> bool:
     match = policy.match
     return (
-        _conditions(policy) > 0
-        and (not match.api_key or facts.api_key in match.api_key)
+        (not match.api_key or facts.api_key in match.api_key)
         and match.path in (None, facts.path)
         and match.model in (None, facts.model)
         and all(headers.get(name.lower()) == value for name, value in match.header.items())
