@@ -23,6 +23,7 @@ from gateway.engine.attention import Pool
 from gateway.engine.core import Job
 from gateway.engine.cuda import attend, kernels
 from gateway.engine.cuda.graphs import Graphs
+from gateway.engine.cuda.matvec import gated_matvec, matvec
 from gateway.engine.cuda.step import CudaRunner
 from gateway.engine.cuda.weights import Joined
 from gateway.engine.decoder import Norm, Rotary
@@ -110,7 +111,10 @@ def test_rotation_and_storage(
     keys, values = torch.full((2, 6, size, kv_heads, dim), 9.0, device=device)
     query, key, value = packed.split(parts, -1)
     kernels.turn_and_store(
-        (query, key, value), norms if normed else None, rotary, (positions, writes), (keys, values)
+        (query, key, value),
+        kernels.Turn(norms if normed else None, rotary),
+        (positions, writes),
+        (keys, values),
     )
 
     def turned(x: Tensor, norm: Norm) -> Tensor:
@@ -128,6 +132,24 @@ def test_rotation_and_storage(
     untouched = [i for i in range(24) if i not in set(at.tolist())]
     assert bool((keys.flatten(0, 1)[untouched] == 9).all())
     assert bool((values.flatten(0, 1)[untouched] == 9).all())
+
+
+@pytest.mark.parametrize(("n", "k"), [(7, 48), (16, 1024), (33, 1500)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_row_of_a_product(device: str, n: int, k: int, bias: bool) -> None:
+    x, weight = torch.randn(1, k, device=device), torch.randn(n, k, device=device)
+    offset = torch.randn(n, device=device) if bias else None
+    wanted = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
+    assert _error(matvec(x, weight, offset), wanted) < 1e-6
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(("n", "k"), [(7, 48), (33, 1500)])
+def test_one_row_through_gate_and_up(device: str, n: int, k: int, activation: str) -> None:
+    x, weight = torch.randn(1, k, device=device), torch.randn(2 * n, k, device=device) * k**-0.5
+    gate, up = F.linear(x.double(), weight.double()).split(n, -1)
+    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    assert _error(gated_matvec(x, weight, activation), active * up) < 1e-5
 
 
 class _Paged:
@@ -173,14 +195,13 @@ def test_decoding_attends_to_its_own_context(
     paged = _Paged(lengths, kv_heads, dim, device)
     query = torch.randn(4, heads * dim + 8, device=device)[:, : heads * dim]
     scratch = attend.make_scratch(4, heads, kv_heads, dim, torch.device(device))
-    scratch = replace(scratch, splits=splits)
-    positions = torch.tensor(lengths, device=device) - 1
-    shape = attend.Shape(heads, 0.3, window)
+    setting = attend.Shape(heads, 0.3, window), replace(scratch, splits=splits)
+    positions = torch.tensor(lengths, dtype=torch.int32, device=device) - 1
     for _ in range(2):  # what one launch leaves in the scratch must not disturb the next
-        found = attend.decode(query, paged.pool, paged.tables, positions, shape, scratch)
+        found = attend.decode(query, positions, paged.pool, paged.tables, setting)
         for row, length in enumerate(lengths):
             keys, values = paged.of(row, length)
-            wanted = _attended(query[row], keys, values, length - 1, shape)
+            wanted = _attended(query[row], keys, values, length - 1, setting[0])
             assert _error(found[row], wanted) < 1e-5
 
 
@@ -270,6 +291,20 @@ def test_a_model_computes_what_transformers_does(
     for left, right in zip(found, wanted, strict=True):
         assert left.dtype is torch.float32
         assert _error(left, right) < 1e-3
+
+
+def test_rows_of_one_sequence_see_each_other(checkpoint: Checkpoints, device: str) -> None:
+    """Tokens of a draft, checked in one step as rows that share a table."""
+    model = build_model(weights_of(checkpoint("llama")), device=device)
+    runner = runners.make_runner(model, _pool(model, device), max_batch=4)
+    (seq,) = _start([9])
+    tokens = [*seq.tokens, 50, 60, 70]
+    one_by_one, cut = [], [replace(seq, tokens=tokens[:n]) for n in range(10, 13)]
+    runner.prefill([Chunk(seq, 0, 9)], [False])
+    at_once = runner.decode(cut)
+    for part in cut:
+        one_by_one.append(runner.decode([part]))
+    torch.testing.assert_close(at_once, torch.cat(one_by_one), rtol=1e-4, atol=1e-4)
 
 
 def test_tokens_that_only_the_device_knows(checkpoint: Checkpoints, device: str) -> None:

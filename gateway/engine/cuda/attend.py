@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
-# ruff: noqa: PLR0917 (a kernel has one parameter per tensor and size)
+# ruff: noqa: PLR0915, PLR0917 (a kernel has one parameter per tensor and size)
 """Attention over the paged pool in Triton: one token per sequence, or packed chunks of prompts.
 
 Both read keys and values where they lie, through block tables on the device, and only the blocks
@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from gateway.engine.cuda.launch import await_inputs, early
 
 _LOG2E = 1.4426950408889634
 _MIN_DOT = 16  # rows and columns of the tensor cores' smallest product
@@ -90,41 +92,45 @@ def _together(
     stats_ptr,
     used,
     row,
-    rows,
     head,
-    at,
     heads_in,
+    at,
     some,
     DIM: tl.constexpr,
     HEADS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """The parts of one row's heads in `used` splits as one; read past the first-level cache."""
+    """The parts of a row's heads from `used` splits as one; read past the first-level cache."""
+    rows = tl.num_programs(0)
     high = tl.full(head.shape, float("-inf"), tl.float32)
     total = tl.zeros(head.shape, tl.float32)
     acc = tl.zeros([head.shape[0], at.shape[0]], tl.float32)
-    inside = heads_in[:, None] & some[None, :]
-    for split in range(0, used):
-        part = (split * rows + row).to(tl.int64) * HEADS + head
-        m = tl.load(stats_ptr + part * 2, heads_in, other=0.0, cache_modifier=".cg")
-        w = tl.load(stats_ptr + part * 2 + 1, heads_in, other=1.0, cache_modifier=".cg")
-        place = part[:, None] * DIM + at[None, :]
-        a = tl.load(parts_ptr + place, inside, other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(high, m)
-        old, new = tl.exp2(high - higher), tl.exp2(m - higher)
-        acc = acc * old[:, None] + a * new[:, None]
-        total = total * old + w * new
+    for first in range(0, used, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)
+        part = (split[:, None] * rows + row).to(tl.int64) * HEADS + head[None, :]
+        live = (split < used)[:, None] & heads_in[None, :]
+        m = tl.load(stats_ptr + part * 2, live, other=float("-inf"), cache_modifier=".cg")
+        w = tl.load(stats_ptr + part * 2 + 1, live, other=0.0, cache_modifier=".cg")
+        place = part[:, :, None] * DIM + at[None, None, :]
+        mask = live[:, :, None] & some[None, None, :]
+        a = tl.load(parts_ptr + place, mask, other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(high, tl.max(m, 0))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # heads that only fill up the tile
+        fade, weight = tl.exp2(high - base), tl.exp2(m - base[None, :])
+        acc = acc * fade[:, None] + tl.sum(a * weight[:, :, None], 0)
+        total = total * fade + tl.sum(w * weight, 0)
         high = higher
-    return total, acc
+    return acc / tl.where(total > 0.0, total, 1.0)[:, None]
 
 
 @triton.jit
 def _decode(
     query_ptr,
+    positions_ptr,
     keys_ptr,
     values_ptr,
     tables_ptr,
     width_ptr,
-    positions_ptr,
     parts_ptr,
     stats_ptr,
     arrived_ptr,
@@ -139,6 +145,8 @@ def _decode(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
+    SHARED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs [row, kv head, split]."""
     row = tl.program_id(0)
@@ -154,7 +162,9 @@ def _decode(
     tiles = tl.cdiv(length, TILE) - start
     each = tl.cdiv(tiles, tl.num_programs(2))
     used = tl.cdiv(tiles, each)
+    await_inputs(EARLY)
     if split < used:
+        base = kv * DIM
         table = tables_ptr + row.to(tl.int64) * tl.load(width_ptr)
         h = tl.arange(0, BLOCK_H)
         at = tl.arange(0, BLOCK_D)
@@ -171,27 +181,38 @@ def _decode(
             n = tile * TILE + tl.arange(0, TILE)
             live = (n < length) & (n >= first)
             slot = tl.load(table + n // SIZE, live, other=0).to(tl.int64) * SIZE + n % SIZE
-            base = kv * DIM
             s = _scores(q, keys_ptr + base, slot, at, some, live, kv_row) * scale
             high, total, acc = _fold(
                 s, live[None, :], high, total, acc, values_ptr + base, slot, at, some, live, kv_row
             )
-        target = out_ptr + row.to(tl.int64) * (HEADS * DIM) + place
+        target = out_ptr + row.to(tl.int64) * (HEADS * DIM)
         if used == 1:
-            tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), inside)
+            tl.store(target + place, (acc / total[:, None]).to(out_ptr.dtype.element_ty), inside)
         else:
-            rows = tl.num_programs(0)
-            part = (split * rows + row).to(tl.int64) * HEADS + head
+            part = (split * tl.num_programs(0) + row).to(tl.int64) * HEADS + head
             tl.store(parts_ptr + part[:, None] * DIM + at[None, :], acc, inside)
             tl.store(stats_ptr + part * 2, high, h < shared)
             tl.store(stats_ptr + part * 2 + 1, total, h < shared)
             tl.debug_barrier()
             if tl.atomic_add(arrived_ptr + row * KV_HEADS + kv, 1, sem="acq_rel") == used - 1:
                 tl.debug_barrier()
-                total, acc = _together(
-                    parts_ptr, stats_ptr, used, row, rows, head, at, h < shared, some, DIM, HEADS
+                own = tl.arange(0, SHARED)
+                found = _together(
+                    parts_ptr,
+                    stats_ptr,
+                    used,
+                    row,
+                    kv * shared + own,
+                    own < shared,
+                    at,
+                    some,
+                    DIM,
+                    HEADS,
+                    8,
                 )
-                tl.store(target, (acc / total[:, None]).to(out_ptr.dtype.element_ty), inside)
+                to = target + (kv * shared + own)[:, None] * DIM + at[None, :]
+                within = (own < shared)[:, None] & some[None, :]
+                tl.store(to, found.to(out_ptr.dtype.element_ty), within)
                 tl.store(arrived_ptr + row * KV_HEADS + kv, 0)
 
 
@@ -214,8 +235,10 @@ def _prefill(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs [tile of queries, head]; `tiles` [n, 4]: first row, rows, position, table."""
+    await_inputs(EARLY)
     tile_at = tiles_ptr + tl.program_id(0) * 4
     head = tl.program_id(1)
     kv_row: tl.constexpr = KV_HEADS * DIM
@@ -276,30 +299,30 @@ class Shape:
 
 def decode(
     query: Tensor,
+    positions: Tensor,
     pool: tuple[Tensor, Tensor],
     tables: tuple[Tensor, Tensor],
-    positions: Tensor,
-    shape: Shape,
-    scratch: Scratch,
+    setting: tuple[Shape, Scratch],
 ) -> Tensor:
-    """What one token of each sequence attends to, [rows, heads · dim].
+    """What one token of each sequence attends to, [rows, heads · dim]; its own key is in the pool.
 
     Args:
         query: [rows, heads · dim], rotated; a stride of 1 inside.
-        pool: keys and values, each [blocks, block size, kv_heads, dim], the new ones included.
+        positions: int32 [rows]: of the tokens.
+        pool: keys and values, each [blocks, block size, kv_heads, dim].
         tables: int32 block tables, row after row, and int32 [1]: blocks from one row to the next.
-        positions: integer [rows]: of the tokens.
     """
     keys, values = pool
+    shape, scratch = setting
     _, size, kv_heads, dim = keys.shape
     rows = query.shape[0]
     out = torch.empty(rows, shape.heads * dim, dtype=query.dtype, device=query.device)
     _decode[(rows, kv_heads, scratch.splits)](
         query,
+        positions,
         keys,
         values,
         *tables,
-        positions,
         scratch.parts,
         scratch.stats,
         scratch.arrived,
@@ -314,8 +337,10 @@ def decode(
         BLOCK_H=max(_MIN_DOT, triton.next_power_of_2(shape.heads // kv_heads)),
         BLOCK_D=max(_MIN_DOT, triton.next_power_of_2(dim)),
         TILE=_TILE,
+        SHARED=triton.next_power_of_2(shape.heads // kv_heads),
         num_warps=4,
         num_stages=3,
+        **early(query),
     )
     return out
 
@@ -327,9 +352,10 @@ def prefill(
     tiles: Tensor,
     shape: Shape,
 ) -> Tensor:
-    """What packed chunks attend to, [rows, heads · dim]; arguments as `decode`'s.
+    """What packed chunks attend to, [rows, heads · dim]; keys and values are in the pool.
 
     Args:
+        query: [rows, heads · dim], rotated; a stride of 1 inside.
         tables: one per chunk.
         tiles: int32 [n, 4]: first row, rows (at most `QUERIES`), position of the first, table.
     """
@@ -355,5 +381,6 @@ def prefill(
         TILE=_TILE,
         num_warps=4,
         num_stages=3,
+        **early(query),
     )
     return out

@@ -8,11 +8,14 @@ sequences. Under TRITON_INTERPRET=1 they run on CPU tensors, which is how they a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from gateway.engine.cuda.launch import await_inputs, early
 from gateway.engine.decoder import Norm, Rotary
 
 _ACTIVATE_BLOCK = 1024
@@ -29,11 +32,13 @@ def _add_norm(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     live = at < N
     weight = tl.load(weight_ptr + at, live, other=0.0).to(tl.float32)
+    await_inputs(EARLY)
     x = tl.load(x_ptr + row * N + at, live, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(delta_ptr + row * N + at, live, other=0.0).to(tl.float32)
@@ -83,6 +88,7 @@ def _turn_and_store(
     HALF: tl.constexpr,
     GROUP: tl.constexpr,
     NORMED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Programs [row, part]: first the parts of the query's heads, then the key's, the value's."""
     row = tl.program_id(0).to(tl.int64)
@@ -94,6 +100,7 @@ def _turn_and_store(
     angle = tl.load(positions_ptr + row).to(tl.float32) * tl.load(
         frequency_ptr + at, some, other=0.0
     )
+    await_inputs(EARLY)
     if part < q_parts:
         head = part * GROUP + tl.arange(0, GROUP)
         live = (head < HEADS)[:, None] & some[None]
@@ -127,6 +134,16 @@ def _turn_and_store(
 
 
 @triton.jit
+def activated(gate, GELU: tl.constexpr):
+    """A value of `decoder.ACTIVATIONS` of fp32 numbers."""
+    if GELU:  # tanh's form: u/2 · (1 + tanh t) = u · sigmoid(2 t)
+        gate *= tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        gate *= tl.sigmoid(gate)
+    return gate
+
+
+@triton.jit
 def _gated(
     gate_ptr,
     up_ptr,
@@ -136,18 +153,24 @@ def _gated(
     N: tl.constexpr,
     BLOCK: tl.constexpr,
     GELU: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    await_inputs(EARLY)
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     live = at < N
     gate = tl.load(gate_ptr + row * GATE_STRIDE + at, live, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * UP_STRIDE + at, live, other=0.0).to(tl.float32)
-    if GELU:  # tanh's form: u · sigmoid(2 t) = u/2 · (1 + tanh t)
-        inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
-        active = gate * tl.sigmoid(2.0 * inner)
-    else:
-        active = gate * tl.sigmoid(gate)
-    tl.store(out_ptr + row * N + at, (active * up).to(out_ptr.dtype.element_ty), live)
+    tl.store(
+        out_ptr + row * N + at, (activated(gate, GELU) * up).to(out_ptr.dtype.element_ty), live
+    )
+
+
+class Turn(NamedTuple):
+    """What is done to a layer's heads: a norm of a query's and of a key's head [dim], rotation."""
+
+    norms: tuple[Norm, Norm] | None
+    rotary: Rotary
 
 
 def add_norm(x: Tensor, delta: Tensor | None, norm: Norm) -> Tensor:
@@ -170,14 +193,14 @@ def add_norm(x: Tensor, delta: Tensor | None, norm: Norm) -> Tensor:
         BLOCK=block,
         ADD=delta is not None,
         num_warps=warps,
+        **early(x),
     )
     return out
 
 
 def turn_and_store(
     rows: tuple[Tensor, Tensor, Tensor],
-    norms: tuple[Norm, Norm] | None,
-    rotary: Rotary,
+    turn: Turn,
     where: tuple[Tensor, Tensor],
     pool: tuple[Tensor, Tensor],
 ) -> None:
@@ -186,7 +209,6 @@ def turn_and_store(
 
     Args:
         rows: query [rows, heads · dim], key and value [rows, kv_heads · dim]; strides of 1 inside.
-        norms: of a query's and of a key's head, weights [dim].
         where: positions and flat pool slots of the rows, integers [rows].
         pool: keys and values, each [blocks, block size, kv_heads, dim].
     """
@@ -195,18 +217,18 @@ def turn_and_store(
     kv_heads, dim = keys.shape[2], keys.shape[3]
     heads = query.shape[1] // dim
     parts = triton.cdiv(heads, _HEADS_AT_ONCE) + 2 * triton.cdiv(kv_heads, _HEADS_AT_ONCE)
-    query_norm, key_norm = norms or (None, None)
+    query_norm, key_norm = turn.norms or (None, None)
     _turn_and_store[(query.shape[0], parts)](
         query,
         key,
         value,
         *where,
-        rotary.frequency,
+        turn.rotary.frequency,
         query if query_norm is None else query_norm.weight,
         query if key_norm is None else key_norm.weight,
         keys,
         values,
-        rotary.scale,
+        turn.rotary.scale,
         0.0 if query_norm is None else query_norm.eps,
         0.0 if key_norm is None else key_norm.eps,
         Q_STRIDE=query.stride(0),
@@ -217,8 +239,9 @@ def turn_and_store(
         DIM=dim,
         HALF=triton.next_power_of_2(dim // 2),
         GROUP=_HEADS_AT_ONCE,
-        NORMED=norms is not None,
+        NORMED=query_norm is not None,
         num_warps=1,
+        **early(query),
     )
 
 
@@ -236,5 +259,6 @@ def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
         BLOCK=_ACTIVATE_BLOCK,
         GELU=activation == "gelu_tanh",
         num_warps=4,
+        **early(gate),
     )
     return out

@@ -11,14 +11,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gateway.engine.attention import PlainKV, Pool
 from gateway.engine.cuda import attend, kernels
 from gateway.engine.cuda.graphs import Graphs
 from gateway.engine.cuda.staging import DecodeStage, stage_prompts
-from gateway.engine.cuda.weights import Joined
-from gateway.engine.decoder import Attention, Block, Decoder, GatedMlp, Norm
+from gateway.engine.cuda.weights import Gated, Joined, Single
+from gateway.engine.decoder import Attention, Block, Decoder, GatedMlp, Norm, Rotary
 from gateway.engine.runner import Model
 from gateway.engine.scheduler import Chunk
 from gateway.engine.scheduler import Sequence as Tokens
@@ -26,16 +26,17 @@ from gateway.engine.scheduler import Sequence as Tokens
 _BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _BATCH_STEP = 32  # beyond
 
-# From a layer's queries, its pool and its shape to what they attend to.
-_Attend = Callable[[Tensor, tuple[Tensor, Tensor], attend.Shape], Tensor]
+_Rows = tuple[Tensor, Tensor, Tensor]  # query, key and value of a step's tokens
 
 
 class _Layer(NamedTuple):
-    block: Block
-    rows: Joined  # query, key, value
-    norms: tuple[Norm, Norm] | None
-    inner: Joined | None  # gate, up
+    attention: Attention
+    rows: Joined
+    turn: kernels.Turn
     shape: attend.Shape
+    output: Single
+    norm: Norm
+    mlp: Callable[[Tensor], Tensor]
 
 
 class CudaRunner:
@@ -44,7 +45,8 @@ class CudaRunner:
     def __init__(self, model: Model, parts: Decoder, pool: Pool, max_batch: int) -> None:
         self.model = model
         self._parts = parts
-        self._layers = [_layer(block) for block in parts.blocks]
+        self._layers = [_layer(block, parts.rotary) for block in parts.blocks]
+        self._head = Single(parts.head)
         self._batches = _buckets(max_batch)
         device, most = pool.device, self._batches[-1]
         blocks = -(-model.context_length // pool.block_size)
@@ -85,10 +87,11 @@ class CudaRunner:
         its tokens where `every` says so."""
         staged = stage_prompts(chunks, every, self._size, attend.QUERIES, self._device)
 
-        def look(query: Tensor, pool: tuple[Tensor, Tensor], shape: attend.Shape) -> Tensor:
-            return attend.prefill(query, pool, staged.tables, staged.tiles, shape)
+        def look(layer: _Layer, rows: _Rows, pool: tuple[Tensor, Tensor]) -> Tensor:
+            kernels.turn_and_store(rows, layer.turn, (staged.positions, staged.writes), pool)
+            return attend.prefill(rows[0], pool, staged.tables, staged.tiles, layer.shape)
 
-        x, delta = self._blocks(staged.ids, (staged.positions, staged.writes), look)
+        x, delta = self._blocks(staged.ids, look)
         keep = staged.keep
         logits = self._logits(x.index_select(0, keep), delta.index_select(0, keep))
         return list(torch.split(logits.float(), staged.counts))
@@ -103,63 +106,64 @@ class CudaRunner:
         """Logits [rows, vocab] of the staged batch. The launches that a graph holds."""
         staged, scratch = self._stage.batch(rows), self._scratch[rows]
 
-        def look(query: Tensor, pool: tuple[Tensor, Tensor], shape: attend.Shape) -> Tensor:
-            return attend.decode(query, pool, staged.tables, staged.positions, shape, scratch)
+        def look(layer: _Layer, rows: _Rows, pool: tuple[Tensor, Tensor]) -> Tensor:
+            # In two launches: rows may share a table and read what the others store.
+            kernels.turn_and_store(rows, layer.turn, (staged.positions, staged.writes), pool)
+            setting = layer.shape, scratch
+            return attend.decode(rows[0], staged.positions, pool, staged.tables, setting)
 
-        return self._logits(*self._blocks(staged.ids, (staged.positions, staged.writes), look))
+        return self._logits(*self._blocks(staged.ids, look))
 
     def _blocks(
-        self, ids: Tensor, where: tuple[Tensor, Tensor], look: _Attend
+        self, ids: Tensor, look: Callable[[_Layer, _Rows, tuple[Tensor, Tensor]], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """All blocks over rows of tokens: the residual stream and what is still to be added."""
+        """All blocks over rows of tokens: the residual stream and what is still to be added.
+
+        Args:
+            look: stores a layer's new rows in its pool and attends.
+        """
         x: Tensor = self._parts.embed(ids)
         delta: Tensor | None = None
         for layer in self._layers:
-            attention = layer.block.attention
-            query, key, value = layer.rows(kernels.add_norm(x, delta, attention.norm))
-            pool = _tensors(attention)
-            kernels.turn_and_store(
-                (query, key, value), layer.norms, self._parts.rotary, where, pool
-            )
-            delta = attention.output(look(query, pool, layer.shape))
-            delta = _mlp(layer, kernels.add_norm(x, delta, layer.block.norm))
+            query, key, value = layer.rows(kernels.add_norm(x, delta, layer.attention.norm))
+            seen = look(layer, (query, key, value), _tensors(layer.attention))
+            delta = layer.output(seen)
+            delta = layer.mlp(kernels.add_norm(x, delta, layer.norm))
         assert delta is not None, "a decoder has blocks"
         return x, delta
 
     def _logits(self, x: Tensor, delta: Tensor) -> Tensor:
-        logits: Tensor = self._parts.head(kernels.add_norm(x, delta, self._parts.norm))
-        return logits
+        return self._head(kernels.add_norm(x, delta, self._parts.norm))
 
 
-def _layer(block: Block) -> _Layer:
+def _layer(block: Block, rotary: Rotary) -> _Layer:
     attention, mlp = block.attention, block.mlp
     norms = None
     if attention.query_norm is not None and attention.key_norm is not None:
         norms = attention.query_norm, attention.key_norm
     return _Layer(
-        block,
-        Joined([attention.query, attention.key, attention.value]),
-        norms,
-        Joined([mlp.gate, mlp.up]) if isinstance(mlp, GatedMlp) else None,
-        attend.Shape(attention.heads, attention.scale, attention.window or 0),
+        attention=attention,
+        rows=Joined([attention.query, attention.key, attention.value]),
+        turn=kernels.Turn(norms, rotary),
+        shape=attend.Shape(attention.heads, attention.scale, attention.window or 0),
+        output=Single(attention.output),
+        norm=block.norm,
+        mlp=Gated(mlp) if isinstance(mlp, GatedMlp) else _other(mlp),
     )
+
+
+def _other(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        out: Tensor = module(x[None])[0]
+        return out.contiguous()
+
+    return run
 
 
 def _tensors(attention: Attention) -> tuple[Tensor, Tensor]:
     kv = attention.slot.kv
     assert isinstance(kv, PlainKV), "a step needs a bound pool of plain keys and values"
     return kv.keys, kv.values
-
-
-def _mlp(layer: _Layer, x: Tensor) -> Tensor:
-    mlp = layer.block.mlp
-    if not isinstance(mlp, GatedMlp):
-        other: Tensor = mlp(x[None])[0]
-        return other.contiguous()
-    assert layer.inner is not None, "a gated MLP has a gate"
-    gate, up = layer.inner(x)
-    out: Tensor = mlp.down(kernels.gated(gate, up, mlp.activation))
-    return out
 
 
 def _buckets(most: int) -> list[int]:

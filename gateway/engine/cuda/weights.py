@@ -1,7 +1,8 @@
-"""Linears that read the same rows, as one product where their weights can lie together.
+"""A decoder's linears: those that read the same rows as one product, one row by kernels of ours.
 
-Dense weights are moved into one tensor of which the modules keep views, so nothing is doubled and
-whoever else runs the modules computes the same. Compressed linears are called one by one.
+Dense weights that can lie together are moved into one tensor of which the modules keep views, so
+nothing is doubled and whoever else runs the modules computes the same. Compressed linears are
+called as they are.
 """
 
 from __future__ import annotations
@@ -13,26 +14,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gateway.engine.cuda.kernels import gated
+from gateway.engine.cuda.matvec import gated_matvec, matvec
+from gateway.engine.decoder import GatedMlp
+
+
+class Single:
+    """`single(x)` is `module(x)`; one row of a dense weight by a kernel of ours."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._dense = module if type(module) is nn.Linear else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._dense is not None and x.shape[0] == 1:
+            return matvec(x, self._dense.weight, self._dense.bias)
+        out: Tensor = self._module(x)
+        return out
+
 
 class Joined:
     """`joined(x)` is `[module(x) for module in modules]`; results may be views of one tensor."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = tuple(modules)
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
         self._sizes: list[int] = []
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         linears = [module for module in modules if type(module) is nn.Linear]
         if len(linears) == len(self._modules) and _alike(linears):
-            self._weight = _together(linears)
+            self.weight = _together(linears)
             self._sizes = [linear.out_features for linear in linears]
             if linears[0].bias is not None:
-                self._bias = torch.cat([linear.bias.detach() for linear in linears])
+                self.bias = torch.cat([linear.bias.detach() for linear in linears])
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
-        if self._weight is None:
+        if self.weight is None:
             return [module(x) for module in self._modules]
-        return torch.split(F.linear(x, self._weight, self._bias), self._sizes, -1)
+        product = matvec if x.shape[0] == 1 else F.linear
+        return torch.split(product(x, self.weight, self.bias), self._sizes, -1)
+
+
+class Gated:
+    """`mlp(x)` is down(act(gate(x)) · up(x)) of a gated MLP."""
+
+    def __init__(self, mlp: GatedMlp) -> None:
+        self._inner = Joined([mlp.gate, mlp.up])
+        self._down = Single(mlp.down)
+        self._activation = mlp.activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = self._inner.weight, self._inner.bias
+        if weight is not None and bias is None and x.shape[0] == 1:
+            return self._down(gated_matvec(x, weight, self._activation))
+        gate, up = self._inner(x)
+        return self._down(gated(gate, up, self._activation))
 
 
 def _alike(linears: Sequence[nn.Linear]) -> bool:
