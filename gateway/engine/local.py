@@ -10,7 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import Empty, SimpleQueue
@@ -40,6 +42,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _Outbox = asyncio.Queue[TokenEvent | EngineError]
 
+_STATS_SECONDS = 0.01  # statistics are no older than this while tokens flow
+# Python's own 5 ms are a whole decode step: after every native call the engine's thread may have to
+# wait that long for a busy event loop to let it go on.
+_SWITCH_SECONDS = 0.0005
+
 
 class LocalRuntime:
     """Owner of the engine thread. Create, load and close it on one event loop."""
@@ -51,7 +58,9 @@ class LocalRuntime:
         self._streams: dict[Job, tuple[asyncio.AbstractEventLoop, _Outbox]] = {}
         self._stats: dict[str, EngineStats] = {}
         self._kv_bytes = 0
+        self._stale_at = 0.0
         self._stopping = False
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         self._loader = ThreadPoolExecutor(
             1, "pressgate-loader", initializer=torch.set_num_threads, initargs=(1,)
         )
@@ -150,9 +159,10 @@ class LocalRuntime:
         torch.set_num_threads(self.options.threads)
         try:
             while not self._stopping:
-                self._obey()
+                changed = self._obey()
                 events = self._core.step()
-                self._publish()
+                if changed or any(map(_is_last, events)) or time.monotonic() > self._stale_at:
+                    self._publish()
                 self._deliver(events)
         except Exception:
             log.exception("the engine thread died")
@@ -162,15 +172,20 @@ class LocalRuntime:
             self._deliver([(job, failure) for job in list(self._streams)])
             self._finish_commands()
 
-    def _obey(self) -> None:
-        """Carry out all commands; with nothing to compute, sleep until one comes."""
+    def _obey(self) -> bool:
+        """Carry out all commands, if any; with nothing to compute, sleep until one comes."""
+        idle = not self._core.busy
+        if not idle and self._inbox.empty():
+            return False
         with contextlib.suppress(Empty):
-            command = self._inbox.get(block=not self._core.busy)
+            command = self._inbox.get(block=idle)
             while True:
                 command()
                 command = self._inbox.get_nowait()
+        return True
 
     def _publish(self) -> None:
+        self._stale_at = time.monotonic() + _STATS_SECONDS
         self._kv_bytes = self._core.kv_bytes
         self._stats = {name: self._core.stats(name) for name in self._core.names}
 
@@ -179,13 +194,18 @@ class LocalRuntime:
         batches: dict[asyncio.AbstractEventLoop, list[tuple[_Outbox, TokenEvent | EngineError]]]
         batches = {}
         for job, event in events:
-            last = isinstance(event, EngineError) or event.finish_reason is not None
+            last = _is_last((job, event))
             stream = self._streams.pop(job, None) if last else self._streams.get(job)
             if stream is not None:
                 batches.setdefault(stream[0], []).append((stream[1], event))
         for loop, batch in batches.items():
             if not loop.is_closed():
                 loop.call_soon_threadsafe(_put_all, batch)
+
+
+def _is_last(told: Event) -> bool:
+    """Whether nothing follows for its job."""
+    return isinstance(told[1], EngineError) or told[1].finish_reason is not None
 
 
 def _put_all(batch: list[tuple[_Outbox, TokenEvent | EngineError]]) -> None:
@@ -249,7 +269,7 @@ class LocalEngine:
                 )
 
     def stats(self) -> EngineStats:
-        """As of the last step."""
+        """As of the last arrival or end, and not much older than the last step."""
         return self._runtime._stats.get(self.name, EngineStats())
 
     async def logits_for(self, windows: Tensor) -> Tensor:
