@@ -20,8 +20,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from loadtest import gpu, overhead, shapes, stall, workloads
 from loadtest import options as opt
-from loadtest import overhead, shapes, stall, workloads
 from loadtest.client import Client, Outcome, Target, calibrate
 from loadtest.compare import cli as compare
 from loadtest.machine import provenance
@@ -36,6 +36,7 @@ app = typer.Typer(
 app.command("overhead")(overhead.command)
 app.command("stall")(stall.command)
 app.command("shapes")(shapes.command)
+compare.app.command("cuda")(gpu.command)
 app.add_typer(compare.app, name="compare")
 
 _Rate = Annotated[

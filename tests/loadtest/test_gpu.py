@@ -1,0 +1,75 @@
+"""`compare cuda`: what it counts and shows, and what it says where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from loadtest import gpu
+from loadtest.__main__ import app
+from loadtest.peers.child import EngineError
+from loadtest.shapes import Shape
+
+
+class _Engine:
+    """Answers with a speed of its own by level or way, or refuses."""
+
+    def __init__(self, rates: dict[str, float]) -> None:
+        self._rates = rates
+        self.asked: list[dict[str, Any]] = []
+
+    def ask(self, question: dict[str, Any], _timeout: float) -> dict[str, Any]:
+        self.asked.append(question)
+        rate = self._rates.get(question.get("level") or question["way"])
+        if rate is None:
+            raise EngineError("transformers: out of memory")
+        return {"tokens": question["tokens"], "seconds": question["tokens"] / rate}
+
+
+def test_a_way_that_fails_is_skipped_and_said() -> None:
+    ours, theirs = _Engine({"bf16": 200.0}), _Engine({"generate": 20.0})
+    peer = gpu._Peer(theirs, gpu.WAYS, [])  # type: ignore[arg-type]
+    ask = gpu.Ask("decode", "one", 10, ways=("generate", "compiled"))
+    row = gpu._against(ours, "bf16", peer, ask, 3)  # type: ignore[arg-type]
+    assert row["median"] == pytest.approx({"pressgate": 200.0, "transformers generate": 20.0})
+    assert row["ratio"] == pytest.approx(10.0)
+    assert len(peer.skipped) == 1
+    assert "compiled, one" in peer.skipped[0]
+    assert "out of memory" in peer.skipped[0]
+
+
+def test_the_tables_show_ratios_both_ways_and_shares_of_the_peak() -> None:
+    engine = _Engine({"bf16": 100.0, "int4": 250.0})
+    levels = gpu._levels(engine, ["bf16", "int4"], gpu.Ask("decode", "one", 10), 3)  # type: ignore[arg-type]
+    row = {"ask": "prefill", "median": {"pressgate": 5.0}, "ratios": {}, "mfu": {"pressgate": 0.5}}
+    report = {"rows": [row], "levels": [levels], "bytes": {"bf16": 2e9}, "peak_tflops": 989.0}
+    text = "\n".join(gpu.show(report))
+    assert "| prefill | 5, 50 % of the peak |" in text
+    assert "| one | 100 | 250 (2.50×) |" in text
+    assert "bf16 2.0 GB" in text
+
+
+def test_operations_of_a_prompt() -> None:
+    shape = Shape(hidden=8, layers=1, inner=16, heads=2, kv_heads=2, vocab=32)
+    weights = 4 * 8 * 8 + 3 * 8 * 16
+    scores_and_values = sum(2 * 2 * 8 * (at + 1) for at in range(1000))
+    wanted = 2 * 1000 * weights + scores_and_values + 2 * 8 * 32
+    assert gpu._flops(shape, 1000) == pytest.approx(wanted, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--shape", "9b"), ("--peers", "vllm"), ("--levels", " , ")]
+)
+def test_unknown_names_are_bad_input(flag: str, value: str) -> None:
+    with pytest.raises(gpu.BadInput, match=flag):
+        CliRunner().invoke(app, ["compare", "cuda", flag, value], catch_exceptions=False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    found = CliRunner().invoke(app, ["compare", "cuda", "--shape", "tiny"])
+    assert found.exit_code == 1
+    assert "no CUDA device" in found.output
