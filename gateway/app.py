@@ -30,7 +30,7 @@ from gateway.api.deps import Services
 from gateway.api.front import FrontMiddleware
 from gateway.api.limits import BodyLimitMiddleware
 from gateway.api.problems import install_error_handlers
-from gateway.config import BUILTIN, DEFAULT_LEVELS, LADDERS, Model, Settings
+from gateway.config import BUILTIN, DEFAULT_LEVELS, LADDERS, SPECULATE, Model, Settings
 from gateway.errors import ConfigError, ModelError, PressgateError
 from gateway.metrics import Metrics, Tier
 from gateway.policy.admission import Admission
@@ -288,6 +288,7 @@ async def _backend(model: Model, names: tuple[str, ...], shared: Shared) -> Back
         names = expand(names)
     except RecipeError as error:
         raise ConfigError(f"levels: {error}", param="levels") from None
+    _check_speculate(shared.settings, names)
     if model.fake is not None or model.path == "fake":
         return FakeBackend(model, names)
     from compressors.checkpoint import CheckpointError, resolve
@@ -298,6 +299,19 @@ async def _backend(model: Model, names: tuple[str, ...], shared: Shared) -> Back
     except CheckpointError as error:
         raise ModelError(str(error), param="models.path") from error
     return LocalBackend(model, shared, folder, names)
+
+
+def _check_speculate(settings: Settings, names: tuple[str, ...]) -> None:
+    """Whether `engine.speculate` is a way to draft or a level of the ladder `names`.
+
+    Raises:
+        ConfigError: neither.
+    """
+    mode, known = settings.engine.speculate, (*SPECULATE, *names)
+    if mode not in known:
+        raise ConfigError(
+            f"engine.speculate: {mode!r} is none of {', '.join(known)}", param="engine.speculate"
+        )
 
 
 def _learn(pool: VariantPool, backends: tuple[Backend, ...]) -> Callable[[str], None]:
@@ -320,9 +334,20 @@ async def _start_up(pool: VariantPool, settings: Settings) -> None:
         except PressgateError as error:
             log.error("start-up: %s; trying again in %.0f s", error.message, _RETRY_SECONDS)
             await asyncio.sleep(_RETRY_SECONDS)
+    if settings.engine.speculate not in SPECULATE:
+        for model in pool.models():
+            await _load_draft(pool, model, settings.engine.speculate)
     if settings.build.prebuild:
         for model in pool.models():
             await pool.build_missing(model)
+
+
+async def _load_draft(pool: VariantPool, model: str, level: str) -> None:
+    """Without its draft a level is served all the same."""
+    try:
+        await pool.warm(model, level)
+    except PressgateError as error:
+        log.warning("%s@%s cannot draft for other levels: %s", model, level, error.message)
 
 
 async def _report_usage(parts: Parts) -> None:

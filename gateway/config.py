@@ -47,6 +47,7 @@ DEFAULT_LEVELS = (
     "sparse24-wanda",
 )
 LADDERS = "ladders"  # document namespace of searched ladders, by model id
+SPECULATE = ("off", "auto", "lookup")  # or a level
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PREFIX = "PRESSGATE_"
 _OTHER_VARIABLES = {"PRESSGATE_API_KEY", "PRESSGATE_NATIVE"}  # read elsewhere, not settings
@@ -100,7 +101,12 @@ class Cache(_Part):
 
 
 class Engine(_Part):
-    """Limits of the local engine. `kv_fraction` is the KV cache's share of `memory_budget`."""
+    """Limits of the local engine. `kv_fraction` is the KV cache's share of `memory_budget`.
+
+    `speculate` is who drafts tokens for others to verify, where that is measured to be faster:
+    nobody (`off`), whoever is loaded (`auto`), the text so far (`lookup`) or one level, which is
+    then kept loaded.
+    """
 
     max_num_seqs: Annotated[int, Field(ge=1, le=1024)] = 16
     max_waiting: Annotated[int, Field(ge=1, le=100_000)] = 256
@@ -108,6 +114,7 @@ class Engine(_Part):
     block_size: Annotated[int, Field(ge=1, le=256)] = 16
     kv_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.25
     prefix_cache: bool = True
+    speculate: Annotated[str, Field(min_length=1, max_length=128)] = "auto"
 
 
 class Build(_Part):

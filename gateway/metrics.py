@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, cast
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from gateway.variants.jobs import Job, JobState
@@ -288,8 +288,14 @@ _LEVEL_GAUGES: Mapping[str, tuple[str, Callable[[LevelFacts], float | None]]] = 
 }
 
 
+_LEVEL_COUNTERS: Mapping[str, tuple[str, Callable[[LevelFacts], float]]] = {
+    "drafted_tokens": ("Tokens that speculation proposed", lambda f: f.stats.drafted_tokens),
+    "accepted_tokens": ("Proposed tokens that were kept", lambda f: f.stats.accepted_tokens),
+}
+
+
 class _LadderCollector(Collector):
-    """Gauges computed from ladder snapshots while scraping."""
+    """Gauges, and counters that begin anew with each load, from ladder snapshots while scraping."""
 
     def __init__(self, ladders: Ladders) -> None:
         self._ladders = ladders
@@ -298,7 +304,7 @@ class _LadderCollector(Collector):
         """Nothing: registration must not sample a pool that has not started."""
         return ()
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         pool = self._ladders
         facts = [(m, level) for m in pool.models() for level in pool.snapshot(m).levels]
         for name, (text, read) in _LEVEL_GAUGES.items():
@@ -307,6 +313,11 @@ class _LadderCollector(Collector):
                 if (value := read(level)) is not None:
                     family.add_metric((model, level.level), float(value))
             yield family
+        for name, (text, count) in _LEVEL_COUNTERS.items():
+            counter = CounterMetricFamily(f"pressgate_{name}", text, labels=_PLACE)
+            for model, level in facts:
+                counter.add_metric((model, level.level), float(count(level)))
+            yield counter
         yield self._states(facts)
         for name, text, value in (
             ("memory_budget_bytes", "What weights and KV may use", pool.memory_budget),

@@ -81,6 +81,8 @@ def level_row(model: str, facts: LevelFacts) -> dict[str, Any]:
         "leases": facts.leases,
         "running": stats.running,
         "waiting": stats.waiting,
+        "drafted_tokens": stats.drafted_tokens,
+        "accepted_tokens": stats.accepted_tokens,
         **facts.card.model_dump(mode="json"),
     }
 

@@ -47,6 +47,7 @@ def settings_of(
     calibration: Path | None = None,
     eval_text: Path | None = None,
     cache_dir: Path | None = None,
+    speculate: str | None = None,
     **flags: Any,
 ) -> Settings:
     """Settings from file, environment and flags.
@@ -68,6 +69,8 @@ def settings_of(
     if any(build.values()):
         given = {name: file for name, file in build.items() if file is not None}
         changes["build"] = base.build.model_dump() | given
+    if speculate is not None:
+        changes["engine"] = base.engine.model_dump() | {"speculate": speculate}
     if cache_dir is not None:
         changes["cache"] = base.cache.model_dump() | {"dir": cache_dir}
     if not changes:

@@ -44,6 +44,10 @@ def serve(
     memory_budget: Annotated[
         str | None, typer.Option(help="Weights and KV of everything resident, e.g. 4GiB.")
     ] = None,
+    speculate: Annotated[
+        str | None,
+        typer.Option(help="Who drafts for others: off, auto, lookup (the text so far) or a level."),
+    ] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
 ) -> None:
     """Serve a model; levels are built when requests want them."""
@@ -58,6 +62,7 @@ def serve(
         port=port,
         threads=threads,
         memory_budget=memory_budget,
+        speculate=speculate,
         log_level=log_level,
     )
     logging.getLogger().setLevel(settings.log_level.upper())

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Literal, Protocol
 
@@ -56,7 +56,8 @@ _POOL_LIVES = 4  # a pool holds at most this many full batches of full contexts 
 
 @dataclass(frozen=True, slots=True)
 class LocalOptions:
-    """Settings of a local runtime. `kv_bytes` bounds all KV pools, `threads` is torch's count."""
+    """Settings of a local runtime. `kv_bytes` bounds all KV pools, `threads` is torch's count,
+    `speculate` is who drafts: `off`, `auto`, a drafter of `drafters.DRAFTERS` or a level."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
@@ -194,6 +195,15 @@ class Core:
         gone = EngineFailed(f"{name} was unloaded")
         return events + [(job, gone) for job in variant.jobs.values()]
 
+    def speculate(self, mode: str) -> None:
+        """Change `engine.speculate` for all variants."""
+        self._options = replace(self._options, speculate=mode)
+        for group in self._groups.values():
+            for member in group.members.values():
+                if member.speculator is not None:
+                    member.speculator.mode = mode
+            _enlist(group)
+
     def submit(self, job: Job) -> None:
         """Queue a request.
 
@@ -275,8 +285,9 @@ class Core:
         scheduler = variant.group.scheduler
         plan = scheduler.plan(variant.name)
         self._turns += 1
-        if plan.decode and not plan.prefill and variant.speculator is not None:
-            events = self._speculate(variant, variant.speculator, plan.decode)
+        speculator = variant.speculator
+        if plan.decode and not plan.prefill and speculator is not None and speculator.drafters:
+            events = self._speculate(variant, speculator, plan.decode)
             if events is not None:
                 return events
         logits: list[Tensor] = []

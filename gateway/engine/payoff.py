@@ -12,15 +12,16 @@ Owns figures and the arithmetic. Torch-free, and it has no clock.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import NamedTuple
 
 _MARGIN = 1.03  # speculation has to be this much faster
 _COLD = 2  # first samples of a size
 _ENOUGH = 3  # samples after them before a time is relied upon
-_WEIGHT = 0.1  # of a new sample in a running mean
-_OUTLIER = 3.0  # times the mean; more is another program's doing
+_SAMPLES = 15  # of a size, the last ones
 _WORTH = 0.2  # a token that is kept more rarely is not drafted
 _UNTRIED = 3  # tokens of a first draft
 _FIRST_PATIENCE, _LAST_PATIENCE = 8, 1024  # plain steps before another try
@@ -45,42 +46,44 @@ class Choice(NamedTuple):
 
 
 class Curve:
-    """Seconds by size: running means where it was measured, straight lines between and beyond."""
+    """Seconds by size: medians of the last samples where it was measured, lines between and beyond.
+
+    Medians, because another program's time slice is as long as many steps.
+    """
 
     def __init__(self) -> None:
-        self._means: dict[int, float] = {}
-        self._samples: dict[int, int] = {}
+        self._samples: dict[int, deque[float]] = {}
+        self._seen: dict[int, int] = {}
+        self._medians: dict[int, float] = {}
         self._sizes: list[int] = []
 
     def note(self, size: int, seconds: float) -> None:
         """One sample. The first ones of a size may hold a compilation or a graph's capture and
         are left out."""
-        seen = self._samples[size] = self._samples.get(size, 0) + 1
+        seen = self._seen[size] = self._seen.get(size, 0) + 1
         if seen <= _COLD:
             return
-        if size not in self._means:
-            self._means[size] = seconds
-            self._sizes = sorted(self._means)
-            return
-        mean = self._means[size]
-        weight = max(_WEIGHT, 1 / (seen - _COLD))
-        self._means[size] += weight * (min(seconds, _OUTLIER * mean) - mean)
+        samples = self._samples.setdefault(size, deque(maxlen=_SAMPLES))
+        samples.append(seconds)
+        self._medians[size] = median(samples)
+        if len(self._sizes) < len(self._medians):
+            self._sizes = sorted(self._medians)
 
     def known(self, size: int) -> bool:
         """Whether the size itself was measured often enough."""
-        return self._samples.get(size, 0) >= _COLD + _ENOUGH
+        return self._seen.get(size, 0) >= _COLD + _ENOUGH
 
     def at(self, size: int) -> float | None:
         """Seconds at `size`; None when nothing was measured."""
-        sizes, means = self._sizes, self._means
+        sizes, medians = self._sizes, self._medians
         if not sizes:
             return None
-        if size in means or len(sizes) == 1 or size < sizes[0]:
-            return means.get(size, means[sizes[0]])
+        if size in medians or len(sizes) == 1 or size < sizes[0]:
+            return medians.get(size, medians[sizes[0]])
         index = min(bisect_left(sizes, size), len(sizes) - 1)
         low, high = sizes[index - 1], sizes[index]
-        slope = max(0.0, (means[high] - means[low]) / (high - low))
-        return means[low] + slope * (size - low)
+        slope = max(0.0, (medians[high] - medians[low]) / (high - low))
+        return medians[low] + slope * (size - low)
 
 
 @dataclass(slots=True)

@@ -44,13 +44,21 @@ class Level(NamedTuple):
     tokenizer: Tokenizer
     runner: StepRunner
 
-    def drafts_for(self, other: Level) -> bool:
-        """Whether its tokens mean the same and it is likely to be faster."""
-        return (
-            self.tokenizer is other.tokenizer
-            and self.model.vocab_size == other.model.vocab_size
-            and self.model.resident_bytes <= _LIGHTER * other.model.resident_bytes
-        )
+    def drafts_for(self, other: Level, mode: str) -> bool:
+        """Whether it is the one that `mode` names, or with `auto` likely to be faster, and means
+        the same by its tokens."""
+        if self.tokenizer is not other.tokenizer:
+            return False
+        if self.model.vocab_size != other.model.vocab_size:
+            return False
+        if mode == AUTO:
+            return self.model.resident_bytes <= _LIGHTER * other.model.resident_bytes
+        return self.short == mode
+
+    @property
+    def short(self) -> str:
+        """Its name without the model's."""
+        return self.name.partition("@")[2]
 
 
 def make_speculator(
@@ -60,7 +68,7 @@ def make_speculator(
 
     Quantized KV pools are left alone: a group of keys that a draft completed cannot be undone.
     """
-    if mode == OFF or level.model.layout.kv is not None:
+    if level.model.layout.kv is not None:
         return None
     return Speculator(mode, level, scheduler, places=places)
 
@@ -71,10 +79,9 @@ def enlist(members: Sequence[Speculator]) -> None:
         others = [m.level for m in members if m is not target]
         target.drafters = [make() for name, make in DRAFTERS.items() if target.mode in (AUTO, name)]
         target.drafters += [
-            LevelDrafter(level.name.partition("@")[2], level.runner)
+            LevelDrafter(level.short, level.runner)
             for level in others
-            if target.mode in (AUTO, level.name.partition("@")[2])
-            and level.drafts_for(target.level)
+            if level.drafts_for(target.level, target.mode)
         ]
 
 

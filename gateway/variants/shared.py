@@ -56,6 +56,7 @@ class Runtime:
                     block_size=engine.block_size,
                     kv_bytes=self.kv_budget,
                     prefix_cache=engine.prefix_cache,
+                    speculate=engine.speculate,
                 )
             )
         return self._runtime

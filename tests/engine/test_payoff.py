@@ -25,12 +25,14 @@ def test_a_curve_leaves_out_cold_samples_and_lies_on_lines() -> None:
     assert [curve.at(n) for n in (1, 3, 5, 9)] == [10.0, 14.0, 18.0, 26.0]
 
 
-def test_one_disturbed_sample_counts_little() -> None:
+def test_disturbed_samples_count_little_and_a_change_counts_soon() -> None:
     curve = Curve()
-    for _ in range(30):
-        curve.note(1, 1.0)
-    curve.note(1, 100.0)
-    assert curve.at(1) == pytest.approx(1.2)
+    for index in range(30):
+        curve.note(1, 100.0 if index % 3 == 0 else 1.0)
+    assert curve.at(1) == 1.0
+    for _ in range(8):
+        curve.note(1, 2.0)
+    assert curve.at(1) == 2.0
 
 
 def test_acceptance_starts_from_the_prior_and_follows_what_is_measured() -> None:
