@@ -27,8 +27,9 @@ from gateway.engine.grammar import Matcher
 COLDEST = 1e-6  # a lower temperature is this one: fp32 could not divide by it
 _AHEAD = 32  # uniform numbers drawn at once
 _PIECE = 512  # weights summed in fp32 before their sums are added up in float64
+_GROUP = 64  # logits of which the best stands for all, in the search for top-k
 # Log-probabilities, less that of the best, down to which ids are sorted before all of them are.
-_FLOORS = (-4.0, -7.5)
+_FLOORS = (-4.0, -7.5, -np.inf)
 
 Logits = NDArray[np.float32]
 Weights = NDArray[np.float32]
@@ -214,36 +215,50 @@ def _weights(logits: Logits, best: np.float32, heat: float) -> Weights:
 def _kept(line: Logits, best: np.float32, heat: float, params: SamplingParams) -> NDArray[Any]:
     """Ids that top-k and, of what it leaves, the nucleus (Holtzman et al. 2020) leave.
 
-    Of equal logits the lower ids come first. Min-p (Nguyen et al. 2024) needs no order.
+    Of equal logits the lower ids come first. Min-p (Nguyen et al. 2024) needs no order. Only the
+    ids that are likely enough to matter are sorted; what they are is the same however many.
     """
-    count, least = _cut(line, best, heat, params)
-    if not count:
+    top_k = params.top_k if params.top_k < len(line) else 0
+    if not top_k and params.top_p >= 1.0:
         return np.arange(len(line))
-    kept = np.flatnonzero(line >= least)
-    if count < len(kept):
-        equal = np.flatnonzero(line[kept] == least)
-        kept = np.delete(kept, equal[count - len(kept) :])
+    total = None if top_k else float(_weights(line, best, heat).sum())
+    for floor in _floors(line, best, heat, top_k):
+        kept = np.flatnonzero(line >= floor)
+        logits = line[kept]
+        found = _cut(logits, best, heat, (top_k, params.top_p), total)
+        if found is None:
+            continue
+        count, least = found
+        kept, logits = kept[logits >= least], logits[logits >= least]
+        if count < len(kept):
+            kept = np.delete(kept, np.flatnonzero(logits == least)[count - len(kept) :])
+        break
     return kept
 
 
+def _floors(line: Logits, best: np.float32, heat: float, top_k: int) -> list[np.float32]:
+    """Logits down to which the ids are likely to be enough, each lower than the one before."""
+    if not top_k:
+        return [best + np.float32(heat * floor) for floor in _FLOORS]
+    # As many groups as ids are wanted have one such logit each: surely enough.
+    groups = line[: len(line) // _GROUP * _GROUP].reshape(_GROUP, -1).max(0)
+    if top_k > len(groups):
+        return [np.float32(-np.inf)]
+    return [np.partition(groups, len(groups) - top_k)[-top_k]]
+
+
 def _cut(
-    line: Logits, best: np.float32, heat: float, params: SamplingParams
-) -> tuple[int, np.float32]:
-    """How many ids top-k and the nucleus leave, and the least logit among them; (0, 0): all."""
-    top_k, top_p = params.top_k, params.top_p
-    if 0 < top_k < len(line):
-        order: Logits = np.sort(np.partition(line, len(line) - top_k)[-top_k:])
-        found = _nucleus(order, _weights(order, best, heat), top_p, None) if top_p < 1.0 else None
-        return found or (top_k, order[0])
-    if top_p >= 1.0:
-        return 0, best
-    total = float(_weights(line, best, heat).sum())
-    for floor in _FLOORS:
-        order = np.sort(line[line >= best + np.float32(heat * floor)])
-        if found := _nucleus(order, _weights(order, best, heat), top_p, total):
-            return found
-    order = np.sort(line)
-    return _nucleus(order, _weights(order, best, heat), top_p, total) or (0, best)
+    logits: Logits, best: np.float32, heat: float, cuts: tuple[int, float], total: float | None
+) -> tuple[int, np.float32] | None:
+    """How many of the likeliest `logits` top-k (0: off) and the nucleus leave and the least of
+    them; None if they leave more than these."""
+    top_k, top_p = cuts
+    if not top_k:
+        order = np.sort(logits)
+        return _nucleus(order, _weights(order, best, heat), top_p, total)
+    order = np.sort(np.partition(logits, len(logits) - top_k)[-top_k:])
+    found = _nucleus(order, _weights(order, best, heat), top_p, None) if top_p < 1.0 else None
+    return found or (top_k, order[0])
 
 
 def _nucleus(

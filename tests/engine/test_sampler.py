@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gateway.engine.base import SamplingParams
-from gateway.engine.sampler import RowState, sample, score
+from gateway.engine.device_sampler import pick_on_device
+from gateway.engine.draw import DeviceDraw
+from gateway.engine.sampler import RowState, pick, sample, score, weigh
 
 
 def row(prompt: tuple[int, ...] = (1,), **options: Any) -> RowState:
@@ -153,3 +155,74 @@ def test_extreme_temperatures_stay_finite() -> None:
         token = sample(LOGITS[None] * 1e4, [row(temperature=temperature, seed=3)])[0].token
         assert 0 <= token < 6
     assert math.isfinite(float(score(LOGITS[None] * 1e4, [4], 0)[0].logprob or 0.0))
+
+
+def test_uniform_numbers_are_those_of_the_seed_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(77)
+    plain = [float(torch.rand((), generator=generator, dtype=torch.float64)) for _ in range(100)]
+    state = row(seed=77)
+    assert [state.draw() for _ in range(100)] == plain
+
+
+@pytest.mark.parametrize("vocab", [3, 600, 5000])
+@pytest.mark.parametrize("spread", [0.05, 1.0, 6.0])
+def test_cut_offs_keep_what_a_full_sort_keeps(vocab: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    # Rounded to quarters of the spread, so that many are equal.
+    logits = (4 * torch.randn(vocab, generator=generator)).round() * spread / 4
+    order = sorted(range(vocab), key=lambda i: (-float(logits[i]), i))
+    for top_k in (0, 1, 2, 9, 78, 79, 300, vocab, 9999):
+        for top_p in (1.0, 0.9, 0.5, 0.01):
+            likely = torch.softmax(logits.double()[order[: top_k or vocab]] / 0.7, 0)
+            before = likely.cumsum(0) - likely
+            kept = int((before < top_p * (1 - 1e-9)).sum()) if top_p < 1 else len(likely)
+            params = SamplingParams(max_tokens=1, temperature=0.7, top_k=top_k, top_p=top_p)
+            ids, weights = weigh(logits.numpy(), params)
+            found = list(range(vocab)) if ids is None else ids.tolist()
+            assert found == sorted(order[:kept])
+            assert weights / weights.sum() == pytest.approx(
+                torch.softmax(logits.double()[found] / 0.7, 0).numpy(), rel=1e-4
+            )
+
+
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([2, 5, 300, 513, 3000]),
+    st.lists(
+        st.builds(
+            SamplingParams,
+            max_tokens=st.just(9),
+            temperature=st.sampled_from([0.0, 0.3, 1.0, 1e-9, 7.0]),
+            top_k=st.sampled_from([0, 0, 1, 3, 50]),
+            top_p=st.sampled_from([1.0, 0.9, 0.1, 0.999]),
+            min_p=st.sampled_from([0.0, 0.0, 0.1, 1.0]),
+            seed=st.integers(0, 9),
+            logprobs=st.sampled_from([None, 0, 2]),
+            presence_penalty=st.sampled_from([0.0, 0.0, 0.7]),
+            logit_bias=st.sampled_from([{}, {}, {1: 4.0}]),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([0.1, 1.0, 5.0]),
+)
+@settings(deadline=None)
+def test_a_device_picks_what_the_host_picks(
+    seed: int, vocab: int, params: list[SamplingParams], spread: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = spread * torch.randn(len(params), vocab, generator=generator)
+    before = logits.clone()
+    rows = [[RowState(p, (1,)) for p in params] for _ in range(3)]
+    for _ in range(2):
+        host, device = pick(logits, rows[0]), DeviceDraw(logits, rows[1]).collect()
+        assert [item.token for item in host] == [item.token for item in device]
+        assert pick_on_device(logits, rows[2]).tolist() == [item.token for item in host]
+        assert [item.logprob for item in host] == pytest.approx([i.logprob for i in device])
+        assert [[t for t, _ in item.top] for item in host] == [
+            [t for t, _ in i.top] for i in device
+        ]
+        for states in rows:
+            for state, item in zip(states, host, strict=True):
+                state.accept(item.token)
+    assert torch.equal(logits, before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -117,3 +119,57 @@ def test_a_stop_string_over_a_token_border_shows_nothing_of_itself(
             break
     assert stopped
     assert out == "one END, two "
+
+
+@given(st.lists(st.integers(0, 8191), max_size=30), st.integers(0, 8))
+def test_remembered_pieces_change_nothing(
+    builtin_tokenizer: Tokenizer, ids: list[int], prompt: int
+) -> None:
+    whole = builtin_tokenizer
+    assert whole.pieces is not None
+    slow = Detokenizer(whole.decode, ids[:prompt])
+    expected = [*(slow.push(token) for token in ids[prompt:]), slow.flush()]
+    for _ in range(2):  # the second time from memory
+        quick = Detokenizer(whole.decode, ids[:prompt], whole.pieces)
+        assert [*(quick.push(token) for token in ids[prompt:]), quick.flush()] == expected
+
+
+@given(st.lists(st.integers(0, 288), max_size=40), st.integers(0, 5))
+def test_remembered_pieces_change_nothing_with_byte_fallback(
+    sentencepiece_tokenizer: Tokenizer, ids: list[int], prompt: int
+) -> None:
+    whole = sentencepiece_tokenizer
+    assert whole.pieces is not None
+    slow = Detokenizer(whole.decode, ids[:prompt])
+    expected = [*(slow.push(token) for token in ids[prompt:]), slow.flush()]
+    for _ in range(2):
+        quick = Detokenizer(whole.decode, ids[:prompt], whole.pieces)
+        assert [*(quick.push(token) for token in ids[prompt:]), quick.flush()] == expected
+
+
+def test_known_pieces_need_no_tokenizer(bytes_tokenizer: Tokenizer) -> None:
+    asked: list[int] = []
+
+    def decode(ids: Sequence[int]) -> str:
+        asked.append(len(ids))
+        return bytes_tokenizer.decode(ids)
+
+    pieces: dict[int, str] = {}
+    ids = bytes_tokenizer.encode("abcabcabcabc" * 20)
+    stream = Detokenizer(decode, ids[:3], pieces)
+    shown = "".join(stream.push(token) for token in ids[3:])
+    assert shown == ("abc" * 80)[3:]
+    assert len(asked) < 10
+    # A character in pieces after all that is still put together.
+    assert "".join(stream.push(token) for token in bytes_tokenizer.encode("é!")) == "é!"
+
+
+def test_pieces_are_not_remembered_where_neighbours_change_them() -> None:
+    vocab = {"[UNK]": 0, "do": 1, "##n": 2, "'": 3, "t": 4}
+    backend = Backend(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    assert Tokenizer(backend).pieces is None
+    backend.decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace("a b", "c")])
+    assert Tokenizer(backend).pieces is None
+    backend.decoder = decoders.ByteLevel()
+    assert Tokenizer(backend).pieces == {}
