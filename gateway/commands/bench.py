@@ -129,7 +129,9 @@ async def _bench(settings: Settings, *, speed: bool, fresh: bool) -> Outcome:
         ladder = [spec for spec in backend.ladder() if spec.family != "upstream"]
         with progress_bars() as bars:
             whole = bars.add_task("all levels", total=len(ladder))
-            for index, spec in enumerate(ladder):
+            # The lightest first: they may draft for the others, whose cards say how fast that is.
+            order = sorted(ladder, key=lambda spec: backend.card(spec.level).resident_bytes)
+            for index, spec in enumerate(order):
                 known = None if fresh else _known(backend, spec.level)
                 try:
                     card = known or await _measured(backend, spec.level, bars, speed=speed)
@@ -143,6 +145,8 @@ async def _bench(settings: Settings, *, speed: bool, fresh: bool) -> Outcome:
                 bars.advance(whole)
                 if bars.disable:  # nobody watches bars: leave a trace in the log
                     typer.echo(f"[{index + 1}/{len(ladder)}] {spec.level}: {said}", err=True)
+        places = {spec.level: place for place, spec in enumerate(ladder)}
+        outcome.rows.sort(key=lambda row: places[row[0]])
     if not outcome.rows:
         level, reason = next(iter(outcome.failed.items()))
         raise InvalidRequest(f"{level}: {reason}", param="levels")

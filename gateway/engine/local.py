@@ -91,6 +91,10 @@ class LocalRuntime:
         await self._ask(lambda: self._deliver(self._core.attach(name, model, tokenizer)))
         return LocalEngine(self, name, model, tokenizer)
 
+    async def speculate(self, mode: str) -> None:
+        """Change who drafts from now on (`LocalOptions.speculate`)."""
+        await self._ask(lambda: self._core.speculate(mode))
+
     async def close(self) -> None:
         """Stop the thread; sequences still running fail. Idempotent."""
         if not self._stopping:

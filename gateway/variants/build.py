@@ -36,8 +36,8 @@ from gateway.engine.tokenizer import load_tokenizer
 from gateway.quality.evaluate import Quality, evaluate
 from gateway.quality.flops import flops_per_token, linear_flops
 from gateway.variants.artifact import ArtifactSink, dense_weights, imported_weights, weights_of
-from gateway.variants.card import Card
-from gateway.variants.measure import Speed, measure_speed
+from gateway.variants.card import Card, Speculation
+from gateway.variants.measure import Speed, measure_speculation, measure_speed
 from gateway.variants.parts import bytes_by_part
 from gateway.variants.resume import BuildJournal
 from gateway.variants.spec import BuildSpec
@@ -45,7 +45,9 @@ from gateway.variants.texts import calibration_of, evaluation_windows
 
 ProgressFn = Callable[[float, str], None]
 
+_MEASURE_SEQS = 16  # as it serves by default: drafts to verify take places, too
 _MEASURE_KV_BYTES = 128 * 2**20
+_DRAFT_PROMPT, _DRAFT_TEXTS = 48, 16  # tokens, windows that drafts are timed on
 _TRAINING = "training"  # in the writer's folder: outlives a kill, and is cleaned up like it
 _VERSIONED = ("pressgate", "torch", "transformers", "safetensors")
 # Shares of the progress bar: texts and compression, quality, speed.
@@ -103,7 +105,9 @@ def build(
         "compression_ratio": checkpoint.total_bytes / max(stored, 1),
         "build_seconds": build_seconds,
     }
-    speeds = asyncio.run(_speeds(spec, dense, level)) if spec.measure_speed else {}
+    speeds = {}
+    if spec.measure_speed:
+        speeds = asyncio.run(_speeds(spec, dense, level, (disk, windows)))
     return {"card": card.model_copy(update=sizes | speeds).model_dump(mode="json")}
 
 
@@ -226,22 +230,32 @@ def _parents(name: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(1, len(parts))]
 
 
-async def _speeds(spec: BuildSpec, dense: VariantWeights, level: VariantWeights) -> dict[str, Any]:
-    """Rates of the level, its speed-up over dense timed in the same minutes, seconds to load."""
+async def _speeds(
+    spec: BuildSpec,
+    dense: VariantWeights,
+    level: VariantWeights,
+    given: tuple[DiskStore, torch.Tensor],
+) -> dict[str, Any]:
+    """Rates of the level, its speed-up over dense timed in the same minutes, seconds to load.
+
+    Args:
+        given: where drafting levels are stored, and the texts to time them on.
+    """
     tokenizer = load_tokenizer(spec.folder)
     async with AsyncExitStack() as stack:
         runtime = LocalRuntime(
             LocalOptions(
                 device="cuda" if spec.device == "cuda" else "cpu",
                 threads=spec.serve_threads,
-                max_num_seqs=8,
+                max_num_seqs=_MEASURE_SEQS,
                 kv_bytes=_MEASURE_KV_BYTES,
                 prefix_cache=False,
             )
         )
         stack.push_async_callback(runtime.close)
         began = time.monotonic()
-        engines: dict[str, LocalEngine] = {"level": await runtime.load("level", level, tokenizer)}
+        name = f"@{spec.level}"
+        engines: dict[str, LocalEngine] = {"level": await runtime.load(name, level, tokenizer)}
         load_seconds = time.monotonic() - began
         if level is not dense:
             engines["dense"] = await runtime.load("dense", dense, tokenizer)
@@ -251,11 +265,38 @@ async def _speeds(spec: BuildSpec, dense: VariantWeights, level: VariantWeights)
             context_length=engines["level"].context_length,
             seed=spec.seed,
         )
+        speculation = await _speculation(spec, runtime, engines["level"], given)
     mine, base = speeds["level"], speeds.get("dense", speeds["level"])
     return {
         "prefill_tokens_per_s": mine.prefill_tokens_per_s,
         "decode_tokens_per_s": mine.decode_tokens_per_s,
+        "speculation": speculation,
         "speedup": mine.decode_tokens_per_s["1"] / base.decode_tokens_per_s["1"],
         "prefill_speedup": mine.prefill_tokens_per_s / base.prefill_tokens_per_s,
         "load_seconds": load_seconds,
     }
+
+
+async def _speculation(
+    spec: BuildSpec,
+    runtime: LocalRuntime,
+    engine: LocalEngine,
+    given: tuple[DiskStore, torch.Tensor],
+) -> Speculation | None:
+    """How fast the level decodes with drafts; None where nobody may draft for it."""
+    disk, windows = given
+    if spec.drafters is None or Recipe.parse(spec.level).step("kv") is not None:
+        return None
+    for level, key in spec.drafters:
+        artifact = disk.read(key) if key else None
+        if artifact is not None:
+            dtype, child = torch_dtype(spec.compute_dtype), Recipe.parse(level).child
+            weights = weights_of(artifact, dtype, child=child)
+            await runtime.load(f"@{level}", weights, engine.tokenizer)
+    room = max(1, min(_DRAFT_PROMPT, engine.context_length // 4))
+    return await measure_speculation(
+        engine,
+        runtime.speculate,
+        [level for level, _ in spec.drafters],
+        windows[:_DRAFT_TEXTS, :room].tolist(),
+    )

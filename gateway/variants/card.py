@@ -16,6 +16,21 @@ from pydantic import BaseModel, ConfigDict, Field
 _MAX_KL = 100.0  # nats; more is ruin all the same
 
 
+class Speculation(BaseModel):
+    """How fast a level decodes when `drafter` proposes tokens that it verifies, where that pays,
+    and how fast without; on held-out text, greedily. Rates as `Card.decode_tokens_per_s`.
+
+    `acceptance` is the share of proposed tokens that were kept.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    drafter: str
+    acceptance: float
+    decode_tokens_per_s: Mapping[str, float]
+    plain_tokens_per_s: Mapping[str, float]
+
+
 class Card(BaseModel):
     """Size, speed and quality of a variant. Zero or None where a fact is unknown.
 
@@ -42,6 +57,7 @@ class Card(BaseModel):
     flops_per_token: float = 0.0
     prefill_tokens_per_s: float = 0.0
     decode_tokens_per_s: Mapping[str, float] = Field(default_factory=dict)
+    speculation: Speculation | None = None
     speedup: float = 1.0
     prefill_speedup: float = 1.0
     build_seconds: float = 0.0

@@ -26,6 +26,7 @@ NAMESPACE = "cards"
 _SPEED_FIELDS = {
     "prefill_tokens_per_s": 0.0,
     "decode_tokens_per_s": {},
+    "speculation": None,
     "speedup": 1.0,
     "prefill_speedup": 1.0,
     "build_seconds": 0.0,

@@ -260,7 +260,8 @@ class LocalBackend:
         """
         if level in self._upstream:
             raise BuildFailed(f"{level} lives in another server; there is nothing to build")
-        spec = self._spec(level).model_copy(update={"measure_speed": speed})
+        update = {"measure_speed": speed, "drafters": await self._drafters(level)}
+        spec = self._spec(level).model_copy(update=update)
         result = await run_worker(
             spec.model_dump_json().encode(),
             timeout=self._shared.settings.build.timeout_seconds,
@@ -268,6 +269,28 @@ class LocalBackend:
             on_event=lambda event, what: self._shared.on_event(Event(event), what),
         )
         return Card.model_validate(result["card"])
+
+    async def _drafters(self, level: str) -> tuple[tuple[str, str], ...] | None:
+        """Who may draft for the level now: the text, and the lightest stored level or the one that
+        is configured; with its artifact's key."""
+        mode = self._shared.settings.engine.speculate
+        if mode == "off":
+            return None
+        found = [("lookup", "")] if mode in ("auto", "lookup") else []
+        if mode != "lookup":
+            lighter = [
+                name
+                for name in self._recipes
+                if mode in ("auto", name)
+                and name not in (level, self.default_level)
+                and self._recipes[name].step("kv") is None
+                and self._compute_dtype(name) == self._compute_dtype(level)
+                and await self.stored(name)
+                and self.card(name).resident_bytes < self.card(level).resident_bytes
+            ]
+            best = min(lighter, key=lambda name: self.card(name).resident_bytes, default=None)
+            found += [] if best is None else [(best, self.key(best))]
+        return tuple(found) or None
 
     async def remember(self, level: str, card: Card) -> None:
         """Keep a measured card, here and for replicas on hosts like this one."""

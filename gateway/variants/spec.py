@@ -16,6 +16,7 @@ class BuildSpec(BaseModel):
         calibration, eval_text: the user's text files, or None for the default text.
         threads: while compressing; `serve_threads`: while measuring speed, as the gateway serves.
         imported: the folder is a compressed checkpoint, served as it is; there is no dense model.
+        drafters: who may draft for it, with the artifact's key if it is a level; None: nobody.
         compute_dtype, dense_dtype: `bf16`, `fp16` or `fp32`, of the level and of its reference.
     """
 
@@ -41,4 +42,5 @@ class BuildSpec(BaseModel):
     nice: int
     imported: bool = False
     measure_speed: bool = True
+    drafters: tuple[tuple[str, str], ...] | None = None
     note_seconds: float = 5.0
