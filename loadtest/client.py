@@ -30,7 +30,11 @@ MAX_ERROR_TEXT = 300
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The server under test and how to ask it. `body` holds extra fields for every request."""
+    """The server under test and how to ask it.
+
+    `body` holds extra fields for every request; without `keep_alive` each has a connection of its
+    own (some servers hang up after a stream without saying so).
+    """
 
     url: str
     model: str
@@ -39,6 +43,7 @@ class Target:
     send_sla: bool = True
     body: Mapping[str, Any] = field(default_factory=dict)
     timeout: float = 120.0
+    keep_alive: bool = True
 
 
 @dataclass(slots=True)
@@ -105,7 +110,7 @@ class Client:
             headers["authorization"] = f"Bearer {self._target.api_key}"
         self._session = aiohttp.ClientSession(
             headers=headers,
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, force_close=not self._target.keep_alive),
             timeout=aiohttp.ClientTimeout(total=self._target.timeout),
             read_bufsize=MAX_EVENT_BYTES,
         )

@@ -20,7 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from gateway.variants.spec import BuildSpec
 from gateway.variants.worker import take_stdout
 
-_KV_BYTES = 512 * 2**20
 _DISK_BUDGET = 2**40
 _SEED = 1
 
@@ -41,6 +40,7 @@ class Setup(BaseModel):
     threads: int = Field(ge=1)
     max_num_seqs: int = Field(16, ge=1, le=256)
     prefill_chunk: int = Field(512, ge=16)
+    kv_bytes: int = Field(512 * 2**20, ge=2**20)
 
 
 class Ask(BaseModel):
@@ -83,7 +83,7 @@ class Pace:
                 threads=setup.threads,
                 max_num_seqs=setup.max_num_seqs,
                 prefill_chunk=setup.prefill_chunk,
-                kv_bytes=_KV_BYTES,
+                kv_bytes=setup.kv_bytes,
                 prefix_cache=False,
             )
         )
@@ -108,13 +108,13 @@ class Pace:
 
     def _load(self, ask: Ask) -> dict[str, Any]:
         """Seconds from the files to an engine that takes requests."""
-        began = time.perf_counter()
         from compressors.model import torch_dtype
         from compressors.recipe import Recipe
         from gateway.engine.runner import build_model
         from gateway.variants.artifact import dense_weights, weights_of
 
         recipe, key = Recipe.parse(ask.level), self._key(ask.level)
+        began = time.perf_counter()
         if not key:
             weights = dense_weights(self._checkpoint, torch_dtype(recipe.dtype or "bf16"))
         else:

@@ -15,12 +15,14 @@ import typer
 from rich.console import Console
 
 from loadtest import options as opt
-from loadtest.compare import decode, markdown
+from loadtest.compare import decode, load, markdown, switch
+from loadtest.compare import streams as compare_streams
 from loadtest.machine import provenance
 from loadtest.mix import BadInput
 from loadtest.peers.child import EngineError
 from loadtest.peers.engines import LEVELS, PEERS, Ask, Case
 from loadtest.peers.place import DEFAULT, Place
+from loadtest.peers.servers import PEER_SERVERS
 from loadtest.shapes import check_name
 
 app = typer.Typer(no_args_is_help=True, help=__doc__)
@@ -38,6 +40,8 @@ LevelOf = Annotated[
 ]
 MarkdownOut = Annotated[Path | None, typer.Option("--markdown", help="Write the tables here too.")]
 ALL_PEERS = ",".join(PEERS)
+ALL_SERVERS = ",".join(PEER_SERVERS)
+SWITCHED = (LEVELS[16], "int8", LEVELS[8], LEVELS[4])
 
 
 @app.command("decode")
@@ -69,6 +73,88 @@ def decode_command(
         return decode.measure(place, cases, asks, names, runs)
 
     deliver("Engines at equal bits", measured, decode.show, json_out, markdown_out)
+
+
+@app.command("streams")
+def streams_command(
+    *,
+    shape: Shapes = "110m",
+    bits: Bits = "16,8,4",
+    streams: Annotated[str, typer.Option(help="Comma-separated numbers of callers.")] = "1,4,8,16",
+    tokens: Annotated[int, typer.Option(min=1, max=256, help="Of every answer.")] = 64,
+    runs: Runs = 5,
+    threads: Threads = 2,
+    peers: PeerNames = ALL_SERVERS,
+    level: LevelOf = None,
+    directory: Dir = DEFAULT,
+    json_out: opt.JsonOut = None,
+    markdown_out: MarkdownOut = None,
+) -> None:
+    """Tokens/s and time to first token of servers under concurrent callers."""
+    counts = _numbers(streams, "--streams", 16)
+    if not counts:
+        raise BadInput("--streams: nothing to measure")
+    cases = _cases(shape, bits, level, threads)
+    names = peer_names(peers, PEER_SERVERS)
+    place = Place(directory.expanduser())
+
+    def measured() -> dict[str, Any]:
+        return compare_streams.measure(place, cases, counts, names, tokens=tokens, runs=runs)
+
+    deliver(
+        "Servers under concurrent callers", measured, compare_streams.show, json_out, markdown_out
+    )
+
+
+@app.command("switch")
+def switch_command(
+    *,
+    shape: Annotated[str, typer.Option(help="110m or 450m.")] = "110m",
+    levels: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(SWITCHED),
+    tokens: Annotated[int, typer.Option(min=1, max=1024, help="Of every answer.")] = 32,
+    requests: Annotated[int, typer.Option(min=1, max=100, help="Of a level in a block.")] = 4,
+    runs: Runs = 5,
+    threads: Threads = 2,
+    directory: Dir = DEFAULT,
+    json_out: opt.JsonOut = None,
+    markdown_out: MarkdownOut = None,
+) -> None:
+    """Another level with every request against the same levels one after the other."""
+    names = [name.strip() for name in levels.split(",")]
+    if len(names) < 2 or not all(names):
+        raise BadInput(f"--levels {levels}: needs two levels or more")
+    case = Case(check_name(shape, "--shape"), 16, names[0], threads)
+    place = Place(directory.expanduser())
+
+    def measured() -> dict[str, Any]:
+        return switch.measure(place, case, names, tokens=tokens, each=requests, runs=runs)
+
+    deliver("Levels in turn on one stream", measured, switch.show, json_out, markdown_out)
+
+
+@app.command("load")
+def load_command(
+    *,
+    shape: Shapes = "110m",
+    levels: Annotated[str, typer.Option(help="Comma-separated.")] = f"{LEVELS[8]},{LEVELS[4]}",
+    runs: Runs = 5,
+    threads: Threads = 2,
+    directory: Dir = DEFAULT,
+    json_out: opt.JsonOut = None,
+    markdown_out: MarkdownOut = None,
+) -> None:
+    """Loading a stored level against reading its bytes; first token; memory it takes."""
+    shapes = [check_name(name.strip(), "--shape") for name in shape.split(",")]
+    names = [name.strip() for name in levels.split(",")]
+    if not all(names):
+        raise BadInput(f"--levels {levels}: an empty name")
+    cases = [Case(one, 0, name, threads) for one in shapes for name in names]
+    place = Place(directory.expanduser())
+
+    def measured() -> dict[str, Any]:
+        return load.measure(place, cases, runs)
+
+    deliver("Loading and memory", measured, load.show, json_out, markdown_out)
 
 
 def deliver(

@@ -22,6 +22,7 @@ OURS = "pressgate"
 LEVELS = {32: "fp32", 16: "bf16", 8: "int8+embed8", 4: "int4-rtn-g64+embed8"}
 _HERE = Path(__file__).parent
 _TIMEOUT = 300.0  # of one measurement, s
+_BUILD_TIMEOUT = 3600.0
 _DTYPES = {32: "float32", 16: "bfloat16"}
 
 
@@ -137,24 +138,30 @@ class LlamaCpp:
         return done.stdout
 
 
+def pace(place: Place, case: Case, **more: int) -> Child:
+    """Our engine core in a process that times levels; `more` are settings of its `Setup`.
+
+    Raises:
+        EngineError: it ended at once.
+    """
+    folder = convert.checkpoint(place, case.shape)
+    threads = {"OMP_NUM_THREADS": str(case.threads)}
+    child = Child(OURS, [sys.executable, "-m", "gateway.variants.pace"], threads)
+    setup = {"folder": str(folder), "name": case.shape, "cache_dir": str(place.cache)}
+    try:
+        child.tell(setup | {"threads": case.threads} | more)
+    except EngineError:
+        child.close()
+        raise
+    return child
+
+
 def open_pressgate(place: Place, case: Case) -> Engine:
     """Ours, without HTTP: the engine core of `pressgate serve`, on a level built beforehand."""
-    folder = convert.checkpoint(place, case.shape)
-    child = Child(
-        OURS,
-        [sys.executable, "-m", "gateway.variants.pace"],
-        {"OMP_NUM_THREADS": str(case.threads)},
-    )
-    setup = {
-        "folder": str(folder),
-        "name": case.shape,
-        "cache_dir": str(place.cache),
-        "threads": case.threads,
-    }
+    child = pace(place, case)
     try:
-        child.tell(setup)
         for kind in ("make", "load"):
-            child.ask({"kind": kind, "level": case.level})
+            child.ask({"kind": kind, "level": case.level}, _BUILD_TIMEOUT)
     except EngineError:
         child.close()
         raise
