@@ -27,6 +27,7 @@ _E2E = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 
 _QUEUE = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _WORK = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 900, 3600)
 _ERROR = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 5, 10)
+_DECISION = (1e-5, 2e-5, 3e-5, 4e-5, 5e-5, 7.5e-5, 1e-4, 1.5e-4, 2.5e-4, 5e-4, 1e-3, 5e-3, 5e-2)
 _PLACE = ("model", "level")
 _SERVED = ("model", "level", "policy")
 
@@ -89,6 +90,9 @@ class Metrics:
         self._generated = self._counter("generation_tokens", "Tokens generated", _SERVED)
         self._decisions = self._counter(
             "decisions", "Decisions by action and reason", (*_SERVED, "action", "reason")
+        )
+        self._decision_time = self._histogram(
+            "decision_seconds", "Looking at the ladder and deciding", ("model",), _DECISION
         )
         self._slo_met = self._counter("slo_met", "Requests that kept every budget", _SERVED)
         self._slo_missed = self._counter(
@@ -169,6 +173,10 @@ class Metrics:
     ) -> None:
         """`reason` must be a short code from a closed set, not a sentence."""
         self._at(self._decisions, model, level or NONE, policy, action, reason).inc()
+
+    def decision_took(self, model: str, seconds: float) -> None:
+        """What one decision cost, the look at the ladder included."""
+        self._at(self._decision_time, model).observe(seconds)
 
     def predicted(
         self,

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from loadtest import gpu, overhead, shapes, stall, workloads
+from loadtest import gateways, gpu, overhead, shapes, stall, workloads
 from loadtest import options as opt
 from loadtest.client import Client, Outcome, Target, calibrate
 from loadtest.compare import cli as compare
@@ -38,6 +38,7 @@ app.command("stall")(stall.command)
 app.command("shapes")(shapes.command)
 compare.app.command("cuda")(gpu.command)
 app.add_typer(compare.app, name="compare")
+compare.app.command("gateways")(gateways.command)
 
 _Rate = Annotated[
     float | None,

@@ -2,17 +2,22 @@
 
 Either against a baseline (the same requests straight to the server behind, in alternating rounds so
 that a drifting machine touches both), or against an engine of known speed (`pressgate serve` with a
-fake model): then what is above the nominal times is the gateway's own.
+fake model): then what is above the nominal times is the gateway's own. A gateway that tells in its
+metrics how long its decisions took is asked for that too.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
+import aiohttp
 import numpy as np
 import typer
 from rich.table import Table
@@ -22,10 +27,11 @@ from loadtest.client import Client, Outcome, Target
 from loadtest.machine import provenance
 from loadtest.mix import BadInput, Goals, Lengths, single_class
 from loadtest.report import spread
-from loadtest.runner import Bounds, run_closed
-from loadtest.workloads import DefaultLengths, TextPrompts, closed, plan
+from loadtest.runner import Bounds, run_closed, run_open
+from loadtest.workloads import DefaultLengths, TextPrompts, closed, constant, plan
 
 ROUNDS = 2
+_BUCKET: Final = re.compile(r'pressgate_decision_seconds_bucket\{.*le="([^"]+)".*\} (\S+)')
 _Nominal = Annotated[float | None, typer.Option(min=0.0, help="Known time of the fake engine.")]
 
 
@@ -36,7 +42,13 @@ def command(
     baseline_url: Annotated[str | None, typer.Option(help="The server behind.")] = None,
     nominal_ttft_ms: _Nominal = None,
     nominal_tpot_ms: _Nominal = None,
-    users: Annotated[int, typer.Option(min=1, max=1000)] = 16,
+    users: Annotated[int, typer.Option(min=1, max=1000, help="Closed loop.")] = 16,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            min=1e-3, max=1e5, callback=opt.finite, help="Open loop: requests per second."
+        ),
+    ] = None,
     requests: Annotated[int, typer.Option(min=1, max=100_000)] = 400,
     max_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 32,
     seed: opt.Seed = 0,
@@ -62,38 +74,100 @@ def command(
         for name, address in urls.items()
     }
     started = time.time()
-    outcomes = asyncio.run(_measure(targets, users, requests, max_tokens, seed))
-    report = provenance(started) | {"users": users, "requests": requests}
-    report |= summarize(outcomes, nominal_ttft_ms, nominal_tpot_ms)
+    load = _Load(users, rate, requests, max_tokens, seed)
+    outcomes, decisions = asyncio.run(_measure(targets, load))
+    report = provenance(started) | {"users": users, "rate": rate, "requests": requests}
+    report |= summarize(outcomes, nominal_ttft_ms, nominal_tpot_ms, max_tokens)
+    report["decision_us"] = decisions
     _deliver(report, json_out)
 
 
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """`requests` of `max_tokens`, at a steady `rate` per second or else by so many `users`."""
+
+    users: int
+    rate: float | None
+    requests: int
+    max_tokens: int
+    seed: int
+
+
 async def _measure(
-    targets: dict[str, Target], users: int, requests: int, max_tokens: int, seed: int
-) -> dict[str, list[Outcome]]:
+    targets: dict[str, Target], load: _Load
+) -> tuple[dict[str, list[Outcome]], dict[str, float] | None]:
+    """(outcomes by side, the gateway's decision times)."""
     collected: dict[str, list[Outcome]] = {name: [] for name in targets}
     lengths = DefaultLengths(
-        prompt=Lengths(low=32, high=32), output=Lengths(low=max_tokens, high=max_tokens)
+        prompt=Lengths(low=32, high=32), output=Lengths(low=load.max_tokens, high=load.max_tokens)
     )
+    before = await decision_buckets(targets["gateway"].url)
+    count = max(1, load.requests // ROUNDS)
     for part in range(ROUNDS):
         for name, target in targets.items():
-            rng = np.random.default_rng([seed, part])
-            arrivals = closed(max(1, requests // ROUNDS))
+            rng = np.random.default_rng([load.seed, part])
+            arrivals = closed(count) if load.rate is None else constant(load.rate, 3600, count)
             mix = single_class(Goals())
             planned = plan(arrivals, mix, TextPrompts.from_words(rng), lengths, rng)
+            bounds = Bounds(3600, 60)
             async with Client(target) as client:
-                run = await run_closed(client, planned, users, Bounds(3600, 60), lambda _: None)
+                if load.rate is None:
+                    run = await run_closed(client, planned, load.users, bounds, lambda _: None)
+                else:
+                    run = await run_open(client, planned, bounds, lambda _: None)
             collected[name] += run.outcomes
-    return collected
+    return collected, decision_times(before, await decision_buckets(targets["gateway"].url))
+
+
+async def decision_buckets(url: str) -> dict[float, float]:
+    """Decisions so far by their time, cumulative by upper bound (s), from a gateway's metrics;
+    empty when it tells none."""
+    timeout = aiohttp.ClientTimeout(total=10)
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(url + "/metrics") as response,
+        ):
+            text = await response.text() if response.status == 200 else ""
+    except (aiohttp.ClientError, TimeoutError, UnicodeDecodeError):
+        return {}
+    found: dict[float, float] = {}
+    for line in text.splitlines():
+        if (match := _BUCKET.match(line)) is not None:
+            bound = float(match[1].replace("+Inf", "inf"))
+            found[bound] = found.get(bound, 0.0) + float(match[2])
+    return found
+
+
+def decision_times(
+    before: Mapping[float, float], after: Mapping[float, float]
+) -> dict[str, float] | None:
+    """p50 and p99 (µs) of the decisions between two scrapes, interpolated inside a bucket as
+    Prometheus does; None when there were none."""
+    counts = [(bound, after[bound] - before.get(bound, 0.0)) for bound in sorted(after)]
+    total = counts[-1][1] if counts else 0.0
+    if not total:
+        return None
+    found = {}
+    for percent in (50, 99):
+        low, below = 0.0, 0.0
+        for bound, upto in counts:
+            if upto >= total * percent / 100:
+                share = (total * percent / 100 - below) / (upto - below)
+                found[f"p{percent}"] = 1e6 * (low + (bound - low) * share if bound < inf else low)
+                break
+            low, below = bound, upto
+    return found
 
 
 def summarize(
     outcomes: Mapping[str, Sequence[Outcome]],
     nominal_ttft_ms: float | None,
     nominal_tpot_ms: float | None,
+    max_tokens: int,
 ) -> dict[str, Any]:
     """Spreads of every side in ms, and `added`: gateway minus baseline (or minus nominal), by
-    percentile."""
+    percentile. `total_ms` goes from sending to the last byte."""
     sides: dict[str, Any] = {}
     for name, group in outcomes.items():
         ended = [outcome for outcome in group if outcome.status == "ok"]
@@ -102,8 +176,11 @@ def summarize(
             "failed": len(group) - len(ended),
             "ttft_ms": spread(outcome.ttft_from_sent for outcome in ended),
             "tpot_ms": spread(outcome.tpot for outcome in ended),
+            "total_ms": spread(outcome.finished - outcome.sent for outcome in ended),
         }
-    nominal = {"ttft_ms": nominal_ttft_ms, "tpot_ms": nominal_tpot_ms}
+    nominal = {"ttft_ms": nominal_ttft_ms, "tpot_ms": nominal_tpot_ms, "total_ms": None}
+    if nominal_ttft_ms is not None and nominal_tpot_ms is not None:
+        nominal["total_ms"] = nominal_ttft_ms + (max_tokens - 1) * nominal_tpot_ms
     added: dict[str, dict[str, float]] = {}
     for measure, value in nominal.items():
         gateway = sides["gateway"][measure]
@@ -121,6 +198,8 @@ def _deliver(report: dict[str, Any], json_out: Path | None) -> None:
         table.add_row(measure.removesuffix("_ms"), *(f"{value:.2f}" for value in values.values()))
     console = opt.deliver_json(report, json_out)
     console.print(table)
+    if (took := report["decision_us"]) is not None:
+        console.print(f"decision: p50 {took['p50']:.0f} µs, p99 {took['p99']:.0f} µs")
     failed = {name: side["failed"] for name, side in report["sides"].items() if side["failed"]}
     if failed:
         console.print(f"failed requests: {failed}", markup=False)

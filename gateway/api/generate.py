@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from secrets import token_hex
@@ -181,7 +182,9 @@ class Generation:
         Raises:
             PressgateError: the decision is to reject.
         """
+        began = time.perf_counter()
         decision, snapshot = make_decision(self._services, ask_of(self._wanted), self._policy)
+        self._services.metrics.decision_took(self._wanted.model, time.perf_counter() - began)
         self._account.decided(decision, snapshot)
         if decision.action != "wait":
             await self._prepare(decision)
