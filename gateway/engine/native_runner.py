@@ -173,7 +173,7 @@ class _Tables:
             blocks = seq.blocks
             if blocks != self._known[row]:
                 self._known[row] = list(blocks)
-                self._tables[row, : len(blocks)] = blocks
+                self._tables[row, : len(blocks)] = blocks[: self._tables.shape[1]]
             slots.append(blocks[at // size] * size + at % size)
         segments = self._segments[: len(batch)]
         segments[:, 2] = last

@@ -29,6 +29,7 @@ struct Attend {
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma,avx512bf16")
 namespace {
 
+constexpr int64_t AHEAD = 16;  // keys or values between a request to memory and its use
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 
 struct AttendScratch {
@@ -73,93 +74,131 @@ INLINE float weigh(float* x, int64_t n, float scale, float top) {
   return _mm512_reduce_add_ps(sum);
 }
 
-// Channels c .. c + 63 of the scores of `group` queries [group, dim] with every place.
+// Asks for channels c .. c + 63 of a place that is needed soon.
 template <bool HALF>
-void score(const Attend& a, const float* query, int64_t group, int64_t c, const int64_t* places,
-           int64_t head, int64_t n, float* scores) {
+INLINE void expect(const void* pool, int64_t at) {
+  const char* from = (const char*)pool + at * (HALF ? 2 : 4);
+#pragma GCC unroll 4
+  for (int line = 0; line < (HALF ? 2 : 4); line++)
+    _mm_prefetch(from + 64 * line, _MM_HINT_T0);
+}
+
+// Channels c .. c + 63 of `group` queries [group, dim] times those of four keys; `first` channels
+// set the scores (a distance `pitch` apart), others add to them.
+template <bool HALF>
+INLINE void score(const Attend& a, const float* query, int64_t group, int64_t c,
+                  const int64_t (&at)[4], __mmask16 some, float* scores, int64_t pitch) {
   __mmask16 keep[4];
+  __m512 key[4][4];
+#pragma GCC unroll 4
   for (int v = 0; v < 4; v++) keep[v] = lanes(a.dim - c - 16 * v);
-  for (int64_t j = 0; j < n; j += 4) {
-    __m512 key[4][4];
 #pragma GCC unroll 4
-    for (int t = 0; t < 4; t++) {
-      int64_t at = places[j + t < n ? j + t : j] + head * a.dim + c;
+  for (int t = 0; t < 4; t++)
 #pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) key[t][v] = load(a.keys, at + 16 * v, HALF, keep[v]);
+    for (int v = 0; v < 4; v++) key[t][v] = load(a.keys, at[t] + c + 16 * v, HALF, keep[v]);
+  for (int64_t g = 0; g < group; g++, query += a.dim, scores += pitch) {
+    __m512 sums[4];
+#pragma GCC unroll 4
+    for (int t = 0; t < 4; t++) sums[t] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; v++) {
+      __m512 q = _mm512_maskz_loadu_ps(keep[v], query + c + 16 * v);
+#pragma GCC unroll 4
+      for (int t = 0; t < 4; t++) sums[t] = _mm512_fmadd_ps(q, key[t][v], sums[t]);
     }
-    __mmask16 some = lanes(n - j) & 0xf;
-    for (int64_t g = 0; g < group; g++) {
-      __m512 sums[4];
-#pragma GCC unroll 4
-      for (int t = 0; t < 4; t++) sums[t] = _mm512_setzero_ps();
-#pragma GCC unroll 4
-      for (int v = 0; v < 4; v++) {
-        __m512 q = _mm512_maskz_loadu_ps(keep[v], query + g * a.dim + c + 16 * v);
-#pragma GCC unroll 4
-        for (int t = 0; t < 4; t++) sums[t] = _mm512_fmadd_ps(q, key[t][v], sums[t]);
-      }
-      float* to = scores + g * n + j;
-      __m512 all = four_sums(sums[0], sums[1], sums[2], sums[3]);
-      if (c) all = _mm512_add_ps(all, _mm512_maskz_loadu_ps(some, to));
-      _mm512_mask_storeu_ps(to, some, all);
-    }
+    __m512 all = four_sums(sums[0], sums[1], sums[2], sums[3]);
+    if (c) all = _mm512_add_ps(all, _mm512_maskz_loadu_ps(some, scores));
+    _mm512_mask_storeu_ps(scores, some, all);
   }
 }
 
-// Channels c .. c + 63 of the outputs of G queries: out [G, dim] = weights [G, n] · values.
+// out [G, 64] += weights [G, n] (`pitch` apart) · channels c .. c + 63 of the values.
 template <bool HALF, int G>
-void mix(const Attend& a, const float* weights, int64_t c, const int64_t* places, int64_t head,
-         int64_t n, const float* by, int64_t to) {
+void mix(const Attend& a, const float* weights, int64_t pitch, const int64_t* places, int64_t n,
+         int64_t at, float* out, int64_t wide) {
   __m512 sums[G][4];
   __mmask16 keep[4];
 #pragma GCC unroll 4
   for (int v = 0; v < 4; v++) {
-    keep[v] = lanes(a.dim - c - 16 * v);
+    keep[v] = lanes(a.dim - at % a.dim - 16 * v);
 #pragma GCC unroll 4
-    for (int g = 0; g < G; g++) sums[g][v] = _mm512_setzero_ps();
+    for (int g = 0; g < G; g++) sums[g][v] = _mm512_loadu_ps(out + g * wide + 16 * v);
   }
   for (int64_t j = 0; j < n; j++) {
-    int64_t at = places[j] + head * a.dim + c;
+    expect<HALF>(a.values, places[j + AHEAD] + at);
 #pragma GCC unroll 4
     for (int v = 0; v < 4; v++) {
-      __m512 value = load(a.values, at + 16 * v, HALF, keep[v]);
+      __m512 value = load(a.values, places[j] + at + 16 * v, HALF, keep[v]);
 #pragma GCC unroll 4
       for (int g = 0; g < G; g++)
-        sums[g][v] = _mm512_fmadd_ps(value, _mm512_set1_ps(weights[g * n + j]), sums[g][v]);
+        sums[g][v] = _mm512_fmadd_ps(value, _mm512_set1_ps(weights[g * pitch + j]), sums[g][v]);
     }
   }
 #pragma GCC unroll 4
   for (int g = 0; g < G; g++)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; v++)
-      put(a.out, to + g * a.dim + c + 16 * v, keep[v], _mm512_mul_ps(sums[g][v], _mm512_set1_ps(by[g])));
+    for (int v = 0; v < 4; v++) _mm512_storeu_ps(out + g * wide + 16 * v, sums[g][v]);
+}
+
+// Scores in m.scores [count, n] of heads `head` to `head + count` - 1. Token by token, so that the
+// pool is read in the order it lies in memory; what comes next is asked for in time.
+template <bool HALF>
+void scores_of(const Attend& a, const float* query, int64_t n, int64_t head, int64_t count,
+               int64_t group, AttendScratch& m) {
+  int64_t per = a.heads / a.kv_heads;
+  for (int64_t j = 0; j < n; j += 4)
+    for (int64_t h = 0; h < count; h += group)
+      for (int64_t c = 0; c < a.dim; c += 64) {
+        int64_t own = (head + h) / per * a.dim, at[4];
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++) {
+          at[t] = m.places[j + t] + own;
+          expect<HALF>(a.keys, m.places[j + t + AHEAD] + own + c);
+        }
+        score<HALF>(a, query + h * a.dim, group, c, at, lanes(n - j) & 0xf, &m.scores[h * n + j], n);
+      }
 }
 
 template <bool HALF>
-void one_row(const Attend& a, const Segment& s, int64_t head, int64_t group, AttendScratch& m) {
+void values_of(const Attend& a, int64_t n, int64_t head, int64_t count, int64_t group, int64_t wide,
+               AttendScratch& m) {
+  int64_t per = a.heads / a.kv_heads;
+  m.out.assign(count * wide, 0.0f);
+  for (int64_t j = 0; j < n; j += AHEAD)
+    for (int64_t h = 0; h < count; h += group)
+      for (int64_t c = 0; c < a.dim; c += 64) {
+        int64_t at = (head + h) / per * a.dim + c, some = std::min(AHEAD, n - j);
+        for (int64_t g = h; g < h + group;) {
+          auto run = h + group - g >= 4 ? mix<HALF, 4> : h + group - g >= 2 ? mix<HALF, 2> : mix<HALF, 1>;
+          run(a, &m.scores[g * n + j], n, &m.places[j], some, at, &m.out[g * wide + c], wide);
+          g += h + group - g >= 4 ? 4 : h + group - g >= 2 ? 2 : 1;
+        }
+      }
+}
+
+// Query heads `head` to `head + count` - 1 of a segment's only row: whole groups, or part of one.
+template <bool HALF>
+void one_row(const Attend& a, const Segment& s, int64_t head, int64_t count, AttendScratch& m) {
   int64_t stop = s.start + 1, begin = a.window ? std::max<int64_t>(0, stop - a.window) : 0;
-  int64_t n = stop - begin, own = head / (a.heads / a.kv_heads);
-  int64_t first = (s.begin * a.heads + head) * a.dim;
+  int64_t n = stop - begin, first = (s.begin * a.heads + head) * a.dim;
+  int64_t group = std::min(count, a.heads / a.kv_heads), wide = (a.dim + 63) / 64 * 64;
   find(a, s, begin, stop, m.places);
-  m.scores.resize(group * n + 16);
-  m.sum.resize(group);
-  for (int64_t c = 0; c < a.dim; c += 64)
-    score<HALF>(a, a.query + first, group, c, m.places.data(), own, n, m.scores.data());
-  for (int64_t g = 0; g < group; g++) {
-    float* scores = &m.scores[g * n];
+  m.places.resize(n + 2 * AHEAD, m.places[n - 1]);  // what is read ahead is there, too
+  m.scores.resize(count * n + 16);
+  scores_of<HALF>(a, a.query + first, n, head, count, group, m);
+  m.sum.resize(count);
+  for (int64_t h = 0; h < count; h++) {
+    float *scores = &m.scores[h * n], scale = (float)a.scale;
     __m512 top = _mm512_set1_ps(LOWEST);
-    float scale = (float)a.scale;
     for (int64_t i = 0; i < n; i += 16)
       top = _mm512_mask_max_ps(top, lanes(n - i), top, _mm512_maskz_loadu_ps(lanes(n - i), scores + i));
-    m.sum[g] = 1.0f / weigh(scores, n, scale, _mm512_reduce_max_ps(top) * scale);
+    m.sum[h] = 1.0f / weigh(scores, n, scale, _mm512_reduce_max_ps(top) * scale);
   }
-  for (int64_t c = 0; c < a.dim; c += 64)
-    for (int64_t g = 0; g < group;) {
-      const float *weights = &m.scores[g * n], *by = &m.sum[g];
-      int64_t to = first + g * a.dim, left = group - g;
-      if (left >= 4) mix<HALF, 4>(a, weights, c, m.places.data(), own, n, by, to), g += 4;
-      else if (left >= 2) mix<HALF, 2>(a, weights, c, m.places.data(), own, n, by, to), g += 2;
-      else mix<HALF, 1>(a, weights, c, m.places.data(), own, n, by, to), g += 1;
+  values_of<HALF>(a, n, head, count, group, wide, m);
+  for (int64_t h = 0; h < count; h++)
+    for (int64_t c = 0; c < a.dim; c += 16) {
+      __m512 out = _mm512_mul_ps(_mm512_loadu_ps(&m.out[h * wide + c]), _mm512_set1_ps(m.sum[h]));
+      put(a.out, first + h * a.dim + c, lanes(a.dim - c), out);
     }
 }
 

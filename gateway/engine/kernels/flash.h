@@ -13,8 +13,9 @@
 namespace {
 
 constexpr int ROWS = 6;         // query rows that share a load of packed keys
-constexpr int64_t SPAN = 128;   // keys packed at a time
+constexpr int64_t SPAN = 256;   // keys packed at a time
 constexpr int64_t TILE = 192;   // query rows that share the packing, about
+constexpr int64_t WEIGHT = 24;  // a multiply-add here in those of `GRAIN`: keys come from memory
 
 struct Tile {  // rows [first, first + count) of a segment
   const Segment* segment;
@@ -22,8 +23,9 @@ struct Tile {  // rows [first, first + count) of a segment
 };
 
 // c [ROWS, 16·V] (+)= a [ROWS, depth] · b [depth, 16·V]; an element is a float32 or a bf16 pair.
+// Not inlined: among other code the compiler keeps the sums in memory.
 template <bool PAIRS, int V>
-void product(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
+__attribute__((noinline)) void product(const uint32_t* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc,
              int64_t depth, bool add) {
   __m512 acc[ROWS][V];
 #pragma GCC unroll 6
@@ -142,45 +144,72 @@ struct Tiling {  // a tile of rows against keys [at, at + n)
   int64_t head, group, wide, depth, at, n;
 };
 
+// 2^x to 1 part in 10⁴ (COARSE, enough for weights in bf16) or 10⁷; 0 far below.
+template <bool COARSE>
+INLINE __m512 exp2_16(__m512 x) {
+  __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n), p;
+  if constexpr (COARSE) {
+    p = _mm512_fmadd_ps(_mm512_set1_ps(0.05517166f), r, _mm512_set1_ps(0.24261112f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.69326099f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.99992807f));
+  } else {  // Taylor's: (ln 2)ⁱ / i!
+    p = _mm512_fmadd_ps(_mm512_set1_ps(1.5403530e-4f), r, _mm512_set1_ps(1.3333558e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6181291e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5504109e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022651e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314718e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  }
+  return _mm512_scalef_ps(p, n);
+}
+
+// Weights of one row's scores [columns], of which [begin, stop) count; `top` and `sum` are the
+// row's so far, scores in powers of two. Returns what former sums are to be multiplied with.
+template <bool PAIRS>
+INLINE float soften(const float* scores, uint32_t* weights, int64_t begin, int64_t stop,
+                    int64_t columns, float scale, float& top, float& sum) {
+  auto counts = [&](int64_t c) { return (__mmask16)(lanes(stop - c) & ~lanes(begin - c)); };
+  int64_t plain = begin > 0 ? 0 : std::max<int64_t>(0, stop) / 16 * 16;  // all of a vector counts
+  __m512 most = _mm512_set1_ps(LOWEST), by = _mm512_set1_ps(scale), total = _mm512_setzero_ps();
+  for (int64_t c = 0; c < plain; c += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(scores + c));
+  for (int64_t c = plain; c < columns; c += 16)
+    most = _mm512_mask_max_ps(most, counts(c), most, _mm512_loadu_ps(scores + c));
+  float now = std::max(top, _mm512_reduce_max_ps(most) * scale);
+  float fade = now == top ? 1.0f : std::exp2(top - now);
+  __m512 shift = _mm512_set1_ps(now == LOWEST ? 0.0f : now);  // LOWEST: nothing seen yet
+  auto take = [&](int64_t c, __mmask16 keep) {
+    __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(scores + c), by, shift);
+    __m512 w = _mm512_maskz_mov_ps(keep, exp2_16<PAIRS>(x));
+    total = _mm512_add_ps(total, w);
+    if constexpr (PAIRS)
+      _mm256_storeu_si256((__m256i*)((uint16_t*)weights + c), (__m256i)_mm512_cvtneps_pbh(w));
+    else
+      _mm512_storeu_ps((float*)weights + c, w);
+  };
+  for (int64_t c = 0; c < plain; c += 16) take(c, 0xffff);
+  for (int64_t c = plain; c < columns; c += 16) take(c, counts(c));
+  top = now;
+  sum = sum * fade + _mm512_reduce_add_ps(total);
+  return fade;
+}
+
 // Keys at..at + n - 1 of ROWS rows from `row` on: scores, softmax so far, values.
 template <bool PAIRS>
 void six_rows(const Attend& a, const Tile& tile, const Tiling& t, int64_t row, AttendScratch& m) {
   int64_t rows = tile.count * t.group, start = tile.segment->start + tile.first;
-  int64_t low = start + row / t.group;
-  int64_t high = start + std::min(row + ROWS, rows) / t.group;
-  if (std::min(row + ROWS, rows) % t.group == 0) high--;
+  int64_t low = start + row / t.group, high = start + (std::min(row + ROWS, rows) - 1) / t.group;
   int64_t n = std::min(t.n, high - t.at + 1);
   if (n <= 0 || (a.window && t.at + t.n <= low - a.window + 1)) return;
   int64_t columns = (n + 15) / 16 * 16;
   float* scores = m.scores.data();
   products<PAIRS>(&m.query[row * t.depth], t.depth, m.keys.data(), SPAN, scores, SPAN, t.depth,
                   columns, false);
-  float scale = (float)a.scale;
-  for (int64_t i = 0; i < ROWS; i++, scores += SPAN) {
-    int64_t at = start + std::min(row + i, rows - 1) / t.group;
-    int64_t stop = std::min(n, at - t.at + 1);
-    int64_t begin = a.window ? std::max<int64_t>(0, at - a.window + 1 - t.at) : 0;
-    __m512 most = _mm512_set1_ps(LOWEST), by = _mm512_set1_ps(scale);
-    for (int64_t c = 0; c < columns; c += 16) {
-      __mmask16 keep = (__mmask16)(lanes(stop - c) & ~lanes(begin - c));
-      most = _mm512_mask_max_ps(most, keep, most, _mm512_loadu_ps(scores + c));
-    }
-    float& top = m.top[row + i];
-    float now = std::max(top, _mm512_reduce_max_ps(most) * scale);
-    bool none = now == LOWEST;  // nothing seen yet
-    float fade = none ? 1.0f : std::exp(top - now);
-    __m512 shift = _mm512_set1_ps(none ? 0.0f : now), sum = _mm512_setzero_ps();
-    uint32_t* weights = &m.weights[i * SPAN];
-    for (int64_t c = 0; c < columns; c += 16) {
-      __mmask16 keep = (__mmask16)(lanes(stop - c) & ~lanes(begin - c));
-      __m512 w = exp16(_mm512_fmsub_ps(_mm512_loadu_ps(scores + c), by, shift));
-      w = _mm512_maskz_mov_ps(keep, w);
-      sum = _mm512_add_ps(sum, w);
-      if constexpr (PAIRS) _mm256_storeu_si256((__m256i*)((uint16_t*)weights + c), (__m256i)_mm512_cvtneps_pbh(w));
-      else _mm512_storeu_ps((float*)weights + c, w);
-    }
-    top = now;
-    m.sum[row + i] = m.sum[row + i] * fade + _mm512_reduce_add_ps(sum);
+  float scale = (float)(a.scale * 1.4426950408889634);  // e^x = 2^(x · log₂ e)
+  for (int64_t i = 0; i < ROWS; i++) {
+    int64_t at = start + std::min(row + i, rows - 1) / t.group - t.at;
+    int64_t begin = a.window ? at - a.window + 1 : 0;
+    float fade = soften<PAIRS>(scores + i * SPAN, &m.weights[i * SPAN], begin, std::min(n, at + 1),
+                               columns, scale, m.top[row + i], m.sum[row + i]);
     if (fade == 1.0f) continue;
     float* out = &m.out[(row + i) * t.wide];
     for (int64_t c = 0; c < t.wide; c += 16)
@@ -194,9 +223,11 @@ void six_rows(const Attend& a, const Tile& tile, const Tiling& t, int64_t row, A
 template <bool PAIRS>
 void take_query(const Attend& a, const Tile& tile, const Tiling& t, int64_t padded, AttendScratch& m) {
   m.query.assign(padded * t.depth + 16, 0);
+  int64_t step = a.heads * a.dim / t.group;
   for (int64_t r = 0; r < tile.count * t.group; r++) {
     int64_t row = tile.segment->begin + tile.first + r / t.group;
     const float* from = a.query + (row * a.heads + t.head + r % t.group) * a.dim;
+    for (int64_t c = 0; c < a.dim; c += 16) _mm_prefetch((const char*)(from + 8 * step + c), _MM_HINT_T0);
     for (int64_t c = 0; c < a.dim; c += 16)
       store(&m.query[r * t.depth], c, PAIRS, lanes(a.dim - c), load(from, c, false, lanes(a.dim - c)));
   }
@@ -245,22 +276,24 @@ void attend(const Attend& a, const Step& s) {
       cost += count * (a.window ? std::min(a.window, seen) : seen);
     }
   if (all.empty()) return;
-  // Too few heads for the threads: queries that share keys go to several.
-  if ((int64_t)all.size() * a.kv_heads < s.threads) group = 1;
-  int64_t heads = a.heads / group, items = (int64_t)all.size() * heads;
-  cost = cost * a.heads * a.dim * 4 / items;
+  // Rows alone are shared out by heads only where they are too few for the threads; tiles always.
+  bool lone = s.count == s.rows;
+  int64_t parts = !lone ? a.kv_heads : s.count >= 4 * s.threads ? 1 : std::min(s.threads, a.kv_heads);
+  if (parts * (int64_t)all.size() < s.threads) parts = a.heads;
+  int64_t items = (int64_t)all.size() * parts, unit = parts == a.heads ? 1 : group;
   std::atomic<int64_t> next{0};
-  parallel(items, cost, s.threads, [&](int64_t, int64_t) {
+  parallel(items, cost * a.heads * a.dim * WEIGHT / items, s.threads, [&](int64_t, int64_t) {
     thread_local AttendScratch scratch;
     for (int64_t i; (i = next.fetch_add(1)) < items;) {
-      const Tile& tile = all[all.size() - 1 - i / heads];  // the longest rows first
-      int64_t head = i % heads * group;
+      const Tile& tile = all[all.size() - 1 - i / parts];  // the longest rows first
+      int64_t part = i % parts, units = a.heads / unit;
+      int64_t head = units * part / parts * unit, stop = units * (part + 1) / parts * unit;
       if (tile.segment->end - tile.segment->begin == 1) {
         auto run = a.bf16 ? one_row<true> : one_row<false>;
-        run(a, *tile.segment, head, group, scratch);
+        run(a, *tile.segment, head, stop - head, scratch);
       } else {
         auto run = a.pairs ? many_rows<true> : many_rows<false>;
-        run(a, tile, head, group, scratch);
+        run(a, tile, head, stop - head, scratch);
       }
     }
   });
