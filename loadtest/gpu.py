@@ -119,12 +119,11 @@ def measure(
     with ExitStack() as stack:
         ours = stack.enter_context(Child(OURS, [sys.executable, "-m", "gateway.engine.cuda.pace"]))
         versions = dict(ours.ask(setup, _LOAD_TIMEOUT)["versions"])
-        facts = {}
-        for level in levels:
-            facts[level] = ours.ask({"kind": "load", "level": level}, _LOAD_TIMEOUT)
         peer = _peer(stack, setup, ways, versions)
+        sizes = _load(ours, levels, peer.skipped)
+        present = list(sizes)
         rows = [_against(ours, levels[0], peer, ask, runs) for ask in ASKS]
-        compared = [_levels(ours, levels, ask, runs) for ask in LEVEL_ASKS] if levels[1:] else []
+        compared = [_levels(ours, present, ask, runs) for ask in LEVEL_ASKS] if present[1:] else []
     for row in (*rows, *compared):
         if row["kind"] == "prefill":
             row["mfu"] = {
@@ -134,7 +133,7 @@ def measure(
     return {
         "rows": rows,
         "levels": compared,
-        "bytes": {level: fact["bytes"] for level, fact in facts.items()},
+        "bytes": sizes,
         "peak_tflops": peak,
         "skipped": sorted(set(peer.skipped)),
         "versions": versions,
@@ -163,6 +162,21 @@ def _peer(
         found.skipped.append(str(error))
         return found
     return replace(found, child=child)
+
+
+def _load(ours: Child, levels: Sequence[str], skipped: list[str]) -> dict[str, int]:
+    """Bytes on the device of every level that could be loaded; the first must be."""
+    sizes = {}
+    for level in levels:
+        try:
+            answer = ours.ask({"kind": "load", "level": level}, _LOAD_TIMEOUT)
+        except EngineError as error:
+            if level == levels[0]:
+                raise
+            skipped.append(f"{level}: {error}")
+        else:
+            sizes[level] = int(answer["bytes"])
+    return sizes
 
 
 def _rate(child: Child, ask: Ask, extra: dict[str, str]) -> Callable[[], float]:

@@ -19,11 +19,12 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from gateway.engine import runners
-from gateway.engine.attention import Pool
+from gateway.engine.attention import PlainKV, Pool
 from gateway.engine.core import Job
 from gateway.engine.cuda import attend, kernels
 from gateway.engine.cuda.graphs import Graphs
 from gateway.engine.cuda.matvec import gated_matvec, matvec
+from gateway.engine.cuda.prompts import PromptSteps
 from gateway.engine.cuda.step import CudaRunner
 from gateway.engine.cuda.weights import Joined
 from gateway.engine.decoder import Norm, Rotary
@@ -33,6 +34,7 @@ from gateway.engine.scheduler import Chunk
 from gateway.engine.scheduler import Sequence as Tokens
 from gateway.engine.tokenizer import Tokenizer
 from tests.engine.conftest import (
+    VOCAB,
     reference_model,
     reference_tokens,
     request,
@@ -253,6 +255,10 @@ def _pool(model: Model, device: str, blocks: int = 64) -> Pool:
     return make_pool(model.layout, blocks, 4, device)
 
 
+def _kv(pool: Pool) -> list[PlainKV]:
+    return [kv for kv in pool.layers if isinstance(kv, PlainKV)]
+
+
 def _start(lengths: list[int]) -> list[Tokens]:
     """Sequences with blocks for some tokens more."""
     seqs, first = [], 1
@@ -322,6 +328,30 @@ def test_tokens_that_only_the_device_knows(checkpoint: Checkpoints, device: str)
             logits.append(runner.decode(batch) if known else runner.decode_from(batch, ids))
     for left, right in zip(logits[:4], logits[4:], strict=True):
         torch.testing.assert_close(left, right)
+
+
+def test_short_prompts_filled_up_to_a_size(checkpoint: Checkpoints, device: str) -> None:
+    """The same logits as without, the first time, captured, and replayed with other prompts."""
+    model = build_model(weights_of(checkpoint("mistral")), device=device)
+    pool = _pool(model, device)
+    runner = runners.make_runner(model, pool, max_batch=4)
+    assert isinstance(runner, CudaRunner)
+    steps = [
+        PromptSteps(runner.prompt_logits, 4, 64, torch.device(device), filled=filled)
+        for filled in (False, True)
+    ]
+    for lengths in ([9, 3], [5, 2], [4, 8], [30]):
+        seqs = _start(lengths)
+        first = [Chunk(seq, 0, len(seq.tokens) - 1) for seq in seqs]
+        last = [Chunk(seq, len(seq.tokens) - 1, 1) for seq in seqs]
+        for chunks in (first, last):
+            with torch.inference_mode():
+                wanted, found = (step.run(chunks, [False] * len(chunks)) for step in steps)
+            for left, right in zip(found, wanted, strict=True):
+                assert left.shape == (1, VOCAB)
+                assert _error(left, right) < 1e-5
+            # What fills up is written to the scratch block, which other runners read and mask.
+            assert all(bool(kv.keys[0].isfinite().all()) for kv in _kv(pool))
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral"])

@@ -41,6 +41,20 @@ def test_a_way_that_fails_is_skipped_and_said() -> None:
     assert "out of memory" in peer.skipped[0]
 
 
+def test_a_level_that_cannot_be_loaded_is_skipped_but_not_the_first() -> None:
+    class Loader(_Engine):
+        def ask(self, question: dict[str, Any], _timeout: float) -> dict[str, Any]:
+            if question["level"] == "fp8":
+                raise EngineError("pressgate: no room")
+            return {"bytes": 5}
+
+    skipped: list[str] = []
+    assert gpu._load(Loader({}), ["bf16", "fp8", "int8"], skipped) == {"bf16": 5, "int8": 5}  # type: ignore[arg-type]
+    assert skipped == ["fp8: pressgate: no room"]
+    with pytest.raises(EngineError):
+        gpu._load(Loader({}), ["fp8"], [])  # type: ignore[arg-type]
+
+
 def test_the_tables_show_ratios_both_ways_and_shares_of_the_peak() -> None:
     engine = _Engine({"bf16": 100.0, "int4": 250.0})
     levels = gpu._levels(engine, ["bf16", "int4"], gpu.Ask("decode", "one", 10), 3)  # type: ignore[arg-type]

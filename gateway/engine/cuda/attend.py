@@ -351,6 +351,8 @@ def prefill(
     tables: tuple[Tensor, Tensor],
     tiles: Tensor,
     shape: Shape,
+    *,
+    zeroed: bool = False,
 ) -> Tensor:
     """What packed chunks attend to, [rows, heads · dim]; keys and values are in the pool.
 
@@ -358,10 +360,12 @@ def prefill(
         query: [rows, heads · dim], rotated; a stride of 1 inside.
         tables: one per chunk.
         tiles: int32 [n, 4]: first row, rows (at most `QUERIES`), position of the first, table.
+        zeroed: rows of no tile become zeros, not what memory happened to hold.
     """
     keys, values = pool
     _, size, kv_heads, dim = keys.shape
-    out = torch.empty(query.shape[0], shape.heads * dim, dtype=query.dtype, device=query.device)
+    make = torch.zeros if zeroed else torch.empty
+    out = make(query.shape[0], shape.heads * dim, dtype=query.dtype, device=query.device)
     _prefill[(tiles.shape[0], shape.heads)](
         query,
         keys,

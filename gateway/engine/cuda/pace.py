@@ -8,6 +8,7 @@ on the device from a list of shapes. It drives the engine core that serves, with
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -28,6 +29,8 @@ from gateway.engine.kernels.store import pack
 from gateway.engine.runner import VariantWeights, build_model
 from gateway.engine.runners import settle
 from gateway.engine.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 _KV_BYTES = 16 << 30
 _STREAMS = 64
@@ -128,7 +131,7 @@ class Pace:
                 tensors[name] = self._random(shape)
                 continue
             if shape not in made:
-                weight = self._random(shape).float()
+                weight = self._random(shape).float().cpu()
                 form = compress_linear(weight, recipe.steps, {}, rank=0, dtype=_DTYPE)
                 made[shape] = pack(form)
             linears[name.removesuffix(".weight")] = made[shape]
@@ -174,6 +177,7 @@ def main() -> None:
             else:
                 answer = {"error": f"kind {ask['kind']!r}: not load, decode, streams or prefill"}
         except Exception as error:  # whoever asked must hear of it, whatever it was
+            log.exception("%s failed", ask.get("kind", "the setup"))
             answer = {"error": f"{type(error).__name__}: {error}"}
         out.write(json.dumps(answer) + "\n")
         out.flush()

@@ -126,9 +126,10 @@ class Prompts:
 
     Attributes:
         ids, positions, writes: int32 [rows]: of the tokens; flat pool slot of each.
-        keep: int32 [n]: rows whose logits are wanted; `counts` of them belong to each chunk.
+        keep: int32 [n]: rows whose logits are wanted.
         tiles: int32 [n, 4] (see `attend.prefill`).
         tables: int32 block tables of the chunks, and int32 [1]: blocks from one to the next.
+        filled: there may be rows that belong to no tile.
     """
 
     ids: Tensor
@@ -137,23 +138,29 @@ class Prompts:
     keep: Tensor
     tiles: Tensor
     tables: tuple[Tensor, Tensor]
-    counts: list[int]
+    filled: bool
 
 
-def stage_prompts(
-    chunks: Sequence[Chunk], every: Sequence[bool], size: int, queries: int, device: torch.device
-) -> Prompts:
-    """Enqueue the copy of packed chunks.
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a step of chunks is filled up to, so that its launches are always the same."""
+
+    rows: int
+    keep: int
+    tiles: int
+
+
+def pack_prompts(
+    chunks: Sequence[Chunk], counts: Sequence[int], size: int, queries: int
+) -> list[Ints]:
+    """Ids, positions, writes, rows to keep, tiles, table width and tables of packed chunks.
 
     Args:
-        every: per chunk, whether the logits after all its tokens are wanted.
+        counts: per chunk, how many of its last tokens' logits are wanted.
         size: tokens of a block.
         queries: rows of a tile.
     """
     ids: list[int] = []
-    counts = [
-        chunk.length if all_rows else 1 for chunk, all_rows in zip(chunks, every, strict=True)
-    ]
     positions, writes, keep, tiles = [], [], [], []
     width = max(-(-(chunk.start + chunk.length) // size) for chunk in chunks)
     tables = np.zeros((len(chunks), width), dtype=np.int32)
@@ -171,30 +178,48 @@ def stage_prompts(
         tile[:, 0], tile[:, 2], tile[:, 3] = begin + first, chunk.start + first, index
         tile[:, 1] = np.minimum(chunk.length - first, queries)
         tiles.append(tile.reshape(-1))
-    sent = _send_all(
-        [
-            np.array(ids, dtype=np.int32),
-            *(np.concatenate(part) for part in (positions, writes, keep, tiles)),
-            tables.reshape(-1),
-            np.array([width], dtype=np.int32),
-        ],
-        device,
-    )
-    row_ids, at_rows, slots, kept_rows, tiled, table, row_width = sent
-    tiled = tiled.view(-1, 4)
-    return Prompts(row_ids, at_rows, slots, kept_rows, tiled, (table, row_width), counts)
+    return [
+        np.array(ids, dtype=np.int32),
+        *(np.concatenate(part) for part in (positions, writes, keep, tiles)),
+        np.array([width], dtype=np.int32),
+        tables.reshape(-1),
+    ]
 
 
-def _send_all(parts: Sequence[Ints], device: torch.device) -> list[Tensor]:
-    """Each array on the device, by one copy."""
-    starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + -(-part.shape[0] // _ALIGN) * _ALIGN)
+def fill_up(parts: list[Ints], room: Room) -> list[Ints]:
+    """Zeros up to the room: rows that go to the scratch block, tiles of no rows."""
+    lengths = (room.rows, room.rows, room.rows, room.keep, 4 * room.tiles)
+    return [np.pad(p, (0, n - len(p))) for p, n in zip(parts, lengths, strict=False)] + parts[5:]
+
+
+def send_prompts(parts: Sequence[Ints], target: Tensor) -> Tensor:
+    """Enqueue one copy of what `pack_prompts` gave to the front of int32 `target`; that front."""
+    starts = _starts([len(part) for part in parts])
     packed = np.zeros(starts[-1], dtype=np.int32)
     for start, part in zip(starts, parts, strict=False):
-        packed[start : start + part.shape[0]] = part
-    sent = send(packed, torch.empty(starts[-1], dtype=torch.int32, device=device))
-    return [sent[start : start + part.shape[0]] for start, part in zip(starts, parts, strict=False)]
+        packed[start : start + len(part)] = part
+    return send(packed, target)
+
+
+def prompts_at(packed: Tensor, lengths: Sequence[int], *, filled: bool) -> Prompts:
+    """The tensors of chunks whose parts have these lengths, in a packed int32 tensor."""
+    ids, positions, writes, keep, tiles, width, tables = (
+        packed[start : start + length]
+        for start, length in zip(_starts(lengths), lengths, strict=False)
+    )
+    return Prompts(ids, positions, writes, keep, tiles.view(-1, 4), (tables, width), filled)
+
+
+def ints(lengths: Sequence[int]) -> int:
+    """int32s that parts of these lengths take."""
+    return _starts(lengths)[-1]
+
+
+def _starts(lengths: Sequence[int]) -> list[int]:
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + -(-length // _ALIGN) * _ALIGN)
+    return starts
 
 
 def _width(blocks: int) -> int:

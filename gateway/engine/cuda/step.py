@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from gateway.engine.attention import PlainKV, Pool
 from gateway.engine.cuda import attend, kernels
 from gateway.engine.cuda.graphs import Graphs
-from gateway.engine.cuda.staging import DecodeStage, stage_prompts
+from gateway.engine.cuda.prompts import PromptSteps
+from gateway.engine.cuda.staging import DecodeStage, Prompts
 from gateway.engine.cuda.weights import Gated, Joined, Single
 from gateway.engine.decoder import Attention, Block, Decoder, GatedMlp, Norm, Rotary
 from gateway.engine.runner import Model
@@ -50,8 +51,7 @@ class CudaRunner:
         self._batches = _buckets(max_batch)
         device, most = pool.device, self._batches[-1]
         blocks = -(-model.context_length // pool.block_size)
-        self._size = pool.block_size
-        self._stage = DecodeStage(most, blocks, self._size, device)
+        self._stage = DecodeStage(most, blocks, pool.block_size, device)
         heads = max(layer.shape.heads for layer in self._layers)
         kv_heads = max(shape.kv_heads for shape in model.layout.layers)
         dim = max(shape.key_dim for shape in model.layout.layers)
@@ -60,15 +60,19 @@ class CudaRunner:
         }
         # A module of another kind may read its input on the host.
         plain = all(isinstance(block.mlp, GatedMlp) for block in parts.blocks)
-        self._graphs = Graphs(self._decode_rows, enabled=device.type == "cuda" and plain)
+        captured = device.type == "cuda" and plain
+        self._graphs = Graphs(self._decode_rows, enabled=captured)
+        self._prompts = PromptSteps(
+            self.prompt_logits, pool.block_size, blocks, device, filled=captured
+        )
         self.bind(pool)
 
     def bind(self, pool: Pool) -> None:
         """Use (another) pool of the model's layout."""
-        self._device = pool.device
         for slot, layer in zip(self.model.slots, pool.layers, strict=True):
             slot.kv = layer
         self._graphs.drop()
+        self._prompts.drop()
 
     @torch.inference_mode()
     def decode(self, batch: Sequence[Tokens]) -> Tensor:
@@ -85,16 +89,20 @@ class CudaRunner:
     def prefill(self, chunks: Sequence[Chunk], every: Sequence[bool]) -> list[Tensor]:
         """Compute chunks; for each the fp32 logits [n, vocab] after its last token, or after all
         its tokens where `every` says so."""
-        staged = stage_prompts(chunks, every, self._size, attend.QUERIES, self._device)
+        return self._prompts.run(chunks, every)
+
+    def prompt_logits(self, staged: Prompts) -> Tensor:
+        """Logits [n, vocab] of the rows to keep."""
 
         def look(layer: _Layer, rows: _Rows, pool: tuple[Tensor, Tensor]) -> Tensor:
             kernels.turn_and_store(rows, layer.turn, (staged.positions, staged.writes), pool)
-            return attend.prefill(rows[0], pool, staged.tables, staged.tiles, layer.shape)
+            return attend.prefill(
+                rows[0], pool, staged.tables, staged.tiles, layer.shape, zeroed=staged.filled
+            )
 
         x, delta = self._blocks(staged.ids, look)
         keep = staged.keep
-        logits = self._logits(x.index_select(0, keep), delta.index_select(0, keep))
-        return list(torch.split(logits.float(), staged.counts))
+        return self._logits(x.index_select(0, keep), delta.index_select(0, keep))
 
     def _decode(self, batch: Sequence[Tokens], ids: Tensor | None) -> Tensor:
         rows = self._batches[bisect_left(self._batches, len(batch))]
