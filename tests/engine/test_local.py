@@ -74,6 +74,12 @@ async def settle(engine: LocalEngine) -> None:
     raise AssertionError(f"still busy: {engine.stats()}")
 
 
+async def begun(engine: LocalEngine) -> None:
+    """Returns as soon as a sequence runs: before its tokens are all there, however fast."""
+    while not engine.stats().running:
+        await asyncio.sleep(0)
+
+
 async def test_streams_tokens_and_ends_with_a_reason(engine: LocalEngine) -> None:
     events = await collect(engine, [5, 6, 7], 6)
     assert [event.finish_reason for event in events] == [None] * 5 + ["length"]
@@ -109,7 +115,7 @@ async def test_closing_the_iterator_frees_the_sequence(engine: LocalEngine) -> N
 
 async def test_cancelling_the_task_frees_the_sequence(engine: LocalEngine) -> None:
     task = asyncio.create_task(collect(engine, [5] * 20, 200))
-    await asyncio.sleep(0.05)
+    await begun(engine)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
@@ -154,7 +160,7 @@ async def test_loading_another_layout_keeps_running_sequences_right(
 ) -> None:
     expected = reference_tokens(reference_model(checkpoint("llama")), [9, 8, 7], 120)
     task = asyncio.create_task(collect(engine, [9, 8, 7], 120))
-    await asyncio.sleep(0.02)
+    await begun(engine)
     other = await runtime.load("gemma", weights_of(checkpoint("gemma")), bytes_tokenizer)
     assert tokens_of(await task) == expected
     assert runtime.kv_bytes <= OPTIONS.kv_bytes
@@ -177,7 +183,7 @@ async def test_unloading_fails_its_sequences_and_frees_its_pool(
     runtime: LocalRuntime, engine: LocalEngine
 ) -> None:
     task = asyncio.create_task(collect(engine, [5, 6], 240))
-    await asyncio.sleep(0.05)
+    await begun(engine)
     await engine.close()
     await engine.close()
     with pytest.raises(EngineFailed):
@@ -197,7 +203,7 @@ async def test_a_closed_runtime_fails_what_runs(
     runtime = LocalRuntime(OPTIONS)
     engine = await runtime.load("v", weights_of(checkpoint("llama")), bytes_tokenizer)
     task = asyncio.create_task(collect(engine, [5, 6], 240))
-    await asyncio.sleep(0.05)
+    await begun(engine)
     await runtime.close()
     await runtime.close()
     with pytest.raises(EngineFailed):
