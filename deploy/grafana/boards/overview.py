@@ -100,6 +100,12 @@ def board() -> models.Dashboard:
                     quantiles("queue_seconds"),
                     SECONDS,
                 ),
+                lines(
+                    "Decision",
+                    "Looking at the ladder and deciding; a part of what comes before the engine.",
+                    quantiles("decision_seconds", 'model=~"$model"'),
+                    SECONDS,
+                ),
             ),
             "Load": (
                 lines(
