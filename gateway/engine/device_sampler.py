@@ -1,12 +1,16 @@
 """Picking the tokens of a batch on an accelerator, whose host does not wait for them.
 
 The same rule as `sampler.pick`, as operations on the whole batch whose shapes the host knows: none
-makes it wait. Rows whose logits are adjusted on the host upload what they need first.
+makes it wait. Rows whose logits are adjusted on the host upload what they need first. On CUDA one
+kernel draws (`cuda.drawing`), once it was seen to draw what the operations here do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
@@ -14,6 +18,11 @@ from torch import Tensor
 from gateway.engine.base import SamplingParams
 from gateway.engine.sampler import COLDEST, RowState
 
+log = logging.getLogger(__name__)
+
+# Of fp32 logits [rows, vocab], knobs, and int64 [rows], the best tokens: replaces random rows'.
+# Knobs are float64 [5, rows]: temperature, uniform number (negative: not random), and `_limits`.
+Drawing = Callable[[Tensor, Tensor, Tensor], None]
 _NO_CUT = 2.0  # of top_p: 1 could lose the last tokens to rounding
 
 
@@ -33,30 +42,53 @@ def pick_on_device(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
                 row.adjust(adjusted[index])
     tokens = adjusted.argmax(-1)
     if any(row.random for row in rows):
-        drawn = _draw(adjusted, rows)
-        tokens = torch.where(drawn < 0, tokens, drawn)
+        draw = kernel() if logits.is_cuda else None
+        (draw or draw_by_operations)(adjusted, _knobs(rows, logits), tokens)
     return tokens
 
 
-def _draw(logits: Tensor, rows: Sequence[RowState]) -> Tensor:
-    """Random rows' tokens, -1 for the others, int64 [rows]."""
-    vocab = logits.shape[1]
-    knobs = upload(
-        [
-            [max(row.params.temperature, COLDEST) for row in rows],
-            [row.draw() if row.random else -1.0 for row in rows],
-            *_limits([row.params for row in rows], vocab),
-        ],
-        torch.float64,
-        logits.device,
-    )[:, :, None]
-    cut = any(row.random and row.cut for row in rows)
-    weights, uniform = _weigh(logits, knobs[0], knobs[2:] if cut else None), knobs[1]
+def _knobs(rows: Sequence[RowState], logits: Tensor) -> Tensor:
+    values = [
+        [max(row.params.temperature, COLDEST) for row in rows],
+        [row.draw() if row.random else -1.0 for row in rows],
+        *_limits([row.params for row in rows], logits.shape[1]),
+    ]
+    return upload(values, torch.float64, logits.device)
+
+
+def draw_by_operations(logits: Tensor, knobs: Tensor, tokens: Tensor) -> None:
+    """A `Drawing` for any device."""
+    knobs = knobs[:, :, None]
+    uniform = knobs[1]
+    weights = _weigh(logits, knobs[0], knobs[2:])
     sums = weights.cumsum(-1, dtype=torch.float64)
     total = sums[:, -1:]
     target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    found = torch.searchsorted(sums, target, right=True)
-    return torch.where(uniform < 0, -1, found)[:, 0]
+    found = torch.searchsorted(sums, target, right=True)[:, 0]
+    tokens.copy_(torch.where(uniform[:, 0] < 0, tokens, found))
+
+
+@cache
+def kernel() -> Drawing | None:
+    """The drawing kernel of CUDA; None where it does not run or draws otherwise. Compiles it when
+    called first: do that before anyone waits for a token."""
+    try:
+        found: Drawing = import_module("gateway.engine.cuda.drawing").draw
+        generator = torch.Generator().manual_seed(0)
+        logits = (3 * torch.randn(8, 5000, generator=generator)).round(decimals=1).cuda()
+        heat, uniform = [0.5, 1.0] * 4, torch.rand(8, generator=generator).tolist()
+        cuts = [[5000, 9, 5000, 40] * 2, [_NO_CUT, _NO_CUT, 0.9, 0.5] * 2, [0.0] * 6 + [0.1] * 2]
+        knobs = torch.tensor([heat, uniform, *cuts], dtype=torch.float64).cuda()
+        ours, plain = logits.argmax(-1), logits.argmax(-1)
+        found(logits, knobs, ours)
+        draw_by_operations(logits, knobs, plain)
+    except Exception:  # whatever Triton or a driver raises: there is another way
+        log.warning("tokens are drawn without the kernel for it", exc_info=True)
+        return None
+    if not torch.equal(ours, plain):
+        log.warning("the drawing kernel draws other tokens than it should: it is not used")
+        return None
+    return found
 
 
 def weigh(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from gateway.engine import device_sampler
 from gateway.engine.base import (
     BadPrompt,
     EngineError,
@@ -85,15 +86,18 @@ class LocalRuntime:
             Unavailable: the KV budget has no room for it.
         """
         loop = asyncio.get_running_loop()
-        model = await loop.run_in_executor(
-            self._loader, lambda: settle(build_model(weights, device=self.options.device))
-        )
+        model = await loop.run_in_executor(self._loader, self._build, weights)
         await self._ask(lambda: self._deliver(self._core.attach(name, model, tokenizer)))
         return LocalEngine(self, name, model, tokenizer)
 
     async def speculate(self, mode: str) -> None:
         """Change who drafts from now on (`LocalOptions.speculate`)."""
         await self._ask(lambda: self._core.speculate(mode))
+
+    def _build(self, weights: VariantWeights) -> Model:
+        if self.options.device == "cuda":
+            device_sampler.kernel()  # compiled now, not while a request waits
+        return settle(build_model(weights, device=self.options.device))
 
     async def close(self) -> None:
         """Stop the thread; sequences still running fail. Idempotent."""
