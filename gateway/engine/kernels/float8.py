@@ -11,6 +11,7 @@ from torch import Tensor
 from compressors.forms.float8 import Float8
 from compressors.tensor import StoredLinear
 from gateway.engine.kernels.native import Feature, Float8Struct, NativeCall, fused, library
+from gateway.engine.kernels.on_cuda import few_bytes
 from gateway.engine.kernels.scheme import KernelLinear, PackChild, Scheme, UnpackChild, expect
 
 LARGEST = 448.0
@@ -19,6 +20,8 @@ _ALIGN = 16  # of rows and columns, for the GPU's FP8 product
 _FP8_CAPABILITY = (8, 9)
 # Measured: beyond, widening the weight piece by piece for oneDNN's bf16 product is faster.
 MAX_ROWS = 24
+# Measured on an H200: beyond, cuBLAS's FP8 product is as fast as the kernel of few rows.
+_CUDA_ROWS = 16
 
 
 def pack(form: Float8, _child: PackChild) -> StoredLinear:
@@ -73,6 +76,11 @@ class Float8Linear(KernelLinear):
 
     def reference(self, x: Tensor) -> Tensor:
         if x.is_cuda and x.dtype == torch.bfloat16 and self._has_fp8(x.device):
+            rows = x.reshape(-1, self.in_features)
+            if 0 < len(rows) <= _CUDA_ROWS and fused() is not None:
+                weight = self.codes.view(torch.float8_e4m3fn)
+                out = few_bytes(rows, weight, self.scales, inputs=None, bias=self.bias)
+                return out.view(*x.shape[:-1], self.out_features)
             return self._fp8(x)
         return super().reference(x)
 

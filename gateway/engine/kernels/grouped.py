@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compressors.tensor import Grouped, StoredLinear
+from gateway.engine.kernels.codes import Codes
 from gateway.engine.kernels.native import Feature, GroupedStruct, NativeCall, library
+from gateway.engine.kernels.on_cuda import packed_call
 from gateway.engine.kernels.scheme import KernelLinear, PackChild, Scheme, UnpackChild, expect
 
 BLOCK = 16
@@ -212,6 +214,7 @@ class GroupedLinear(KernelLinear):
             raise ValueError("the stored column order is not a permutation")
 
     def bind(self) -> NativeCall | None:
+        self._packed = packed_call(self.packed(), self.columns, self.in_features, self.bias)
         dll = library(Feature.INT8)
         if dll is None or not self.scales.is_cpu:
             return None
@@ -220,6 +223,25 @@ class GroupedLinear(KernelLinear):
         keep = (*self.buffers(), bias)
         return NativeCall(
             dll, "pressgate_grouped", struct, keep, max_rows=1 << 30, bf16_input=False
+        )
+
+    def packed(self) -> Codes:
+        """The layer as kernels on a GPU see it: its very buffers."""
+        planes, middle = PLANES[self.bits], float(2 ** (self.bits - 1))
+        whole = self.zeros is not None and self.zeros.dtype == torch.uint8
+        stored = self.scales.shape[1] * self.width
+        return Codes(
+            planes=tuple(self.get_buffer(f"codes{plane}") for plane, _ in planes),
+            widths=tuple(plane for plane, _ in planes),
+            factors=tuple(1 << shift for _, shift in planes),
+            scales=self.scales,
+            zeros=self.zeros,
+            scale=2.0**self.exponent,
+            zero_factor=1,
+            offset=0.0 if whole else middle,
+            width=self.width,
+            n=self.out_features,
+            k=self.in_features if self.columns is None else stored,
         )
 
     def describe(self, bias: Tensor | None) -> GroupedStruct:
@@ -263,6 +285,8 @@ class GroupedLinear(KernelLinear):
         return out
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        if self._packed is not None:
+            return self._packed.rows(start, stop, dtype)
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
         codes = self.codes(blocks)
         scales = self.scales[blocks]

@@ -16,6 +16,7 @@ from torch import Tensor
 from compressors.forms.int8 import Int8
 from compressors.tensor import StoredLinear
 from gateway.engine.kernels.native import Feature, Int8Struct, NativeCall, fused, library
+from gateway.engine.kernels.on_cuda import few_bytes
 from gateway.engine.kernels.scheme import (
     SCRATCH_BYTES,
     KernelLinear,
@@ -118,6 +119,8 @@ class Int8Linear(KernelLinear):
         return out if self.bias is None else out + self.bias.float()
 
     def _fused(self, x: Tensor, kernels: Any) -> Tensor:
+        if len(x) <= _CUDA_ROWS and self.in_features % 16 == 0:
+            return few_bytes(x, self.codes, self.scales, inputs=self.inputs, bias=self.bias)
         codes, steps = kernels.round_rows(x, self.inputs, torch.int8)
         odd = self.in_features % 8 or self.out_features % 8
         if odd or len(x) <= kernels.BLOCK_ROWS:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from compressors.forms.nested import CHILD_BITS, RATIO, Nested
 from compressors.tensor import Grouped, StoredLinear
+from gateway.engine.kernels.codes import Codes
 from gateway.engine.kernels.grouped import GroupedLinear
 from gateway.engine.kernels.native import Feature, NativeCall, library
+from gateway.engine.kernels.on_cuda import packed_call
 from gateway.engine.kernels.scheme import (
     KernelLinear,
     MakeChild,
@@ -76,6 +78,8 @@ class NestedLinear(KernelLinear):
         self._call = self.bind()
 
     def bind(self) -> NativeCall | None:
+        columns = self.child.columns
+        self._packed = packed_call(self.packed(), columns, self.in_features, self.bias)
         dll = library(Feature.INT8 | Feature.NESTED)
         if dll is None or not self.child.scales.is_cpu:
             return None
@@ -88,7 +92,22 @@ class NestedLinear(KernelLinear):
             dll, "pressgate_grouped", struct, keep, max_rows=1 << 30, bf16_input=False
         )
 
+    def packed(self) -> Codes:
+        """The layer as kernels on a GPU see it: s/16 · (16 · code + low - 16 · zero - 8)."""
+        inner, low = self.child.packed(), self.low.packed()
+        return replace(
+            inner,
+            planes=inner.planes + low.planes,
+            widths=inner.widths + low.widths,
+            factors=(RATIO, 1),
+            scale=inner.scale / RATIO,
+            zero_factor=RATIO,
+            offset=RATIO * inner.offset + low.offset,
+        )
+
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        if self._packed is not None:
+            return self._packed.rows(start, stop, dtype)
         exact = torch.promote_types(dtype, torch.float32)
         high = self.child.dense_rows(start, stop, exact)
         return high.add_(self.low.dense_rows(start, stop, exact)).to(dtype)

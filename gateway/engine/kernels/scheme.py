@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compressors.tensor import LinearForm, StoredLinear
 from gateway.engine.kernels.native import NativeCall
+from gateway.engine.kernels.on_cuda import PackedCall
 
 PackChild = Callable[[LinearForm], StoredLinear]
 UnpackChild = Callable[[StoredLinear], LinearForm]
@@ -45,6 +46,7 @@ class KernelLinear(nn.Module):
         self.out_features, self.in_features = int(stored.meta["n"]), int(stored.meta["k"])
         self.compute_dtype = dtype
         self._call: NativeCall | None = None
+        self._packed: PackedCall | None = None  # of packed codes on a GPU
         self.bias: Tensor | None
         self.register_buffer("bias", None if bias is None else bias.detach())
 
@@ -79,6 +81,9 @@ class KernelLinear(nn.Module):
 
     def reference(self, x: Tensor) -> Tensor:
         """The layer through plain torch ops: any device, at most SCRATCH_BYTES of scratch."""
+        packed = self._packed
+        if packed is not None and packed.takes(x):
+            return packed(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         step = max(16, SCRATCH_BYTES // (self.in_features * x.element_size()) // 16 * 16)
         if step >= self.out_features:
@@ -101,7 +106,7 @@ class KernelLinear(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_call": None}
+        return self.__dict__ | {"_call": None, "_packed": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         """A copy has buffers of its own: bind to those."""

@@ -69,6 +69,8 @@ def look_up(table: GroupedLinear, index: Tensor) -> Tensor:
     Raises:
         IndexError: an index beyond the table's last block of rows.
     """
+    if table._packed is not None:
+        return table._packed.look_up(index, torch.float32)
     block, lane = index // BLOCK, index % BLOCK
     codes: Tensor | None = None
     for plane, shift in PLANES[table.bits]:

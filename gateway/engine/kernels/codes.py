@@ -1,0 +1,120 @@
+"""What the Triton kernels are told: a packed weight, and how a program shares out its work.
+
+The tables are measured on an H200 in CUDA graphs over weights larger than its cache. Torch only:
+the kernels themselves are imported where Triton is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+_SMALL, _MIDDLE = 132, 400  # groups of 32 rows: about one, up to three per multiprocessor
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A weight in planes of packed fields.
+
+    Attributes:
+        planes: uint8 [blocks, units, 64] each, `widths` bits (8, 4, 2 or 1) a field; a code is the
+            sum of the fields times the `factors`.
+        scales: float16 [blocks, G, 16], times `scale`.
+        zeros: [blocks, G, 16] of any type, or None; a zero point is `zero_factor` times it plus
+            `offset`, in units of the code.
+        width: stored columns of a group.
+        n, k: rows and stored columns that count.
+    """
+
+    planes: tuple[Tensor, ...]
+    widths: tuple[int, ...]
+    factors: tuple[int, ...]
+    scales: Tensor
+    zeros: Tensor | None
+    scale: float
+    zero_factor: int
+    offset: float
+    width: int
+    n: int
+    k: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a program computes.
+
+    Attributes:
+        warps: they share out the columns.
+        chunk: columns a warp takes at once.
+        blocks: groups of 32 rows of packed codes, or of 16 rows of bytes.
+        tokens: groups of 8 tokens.
+        ahead: load the next chunk before computing this one; costs registers.
+    """
+
+    warps: int
+    chunk: int
+    blocks: int
+    tokens: int
+    ahead: bool
+
+
+def packed_tiling(codes: Codes, rows: int) -> Tiling | None:
+    """The measured choice for `rows` tokens; None: groups too narrow for the kernel's loads."""
+    finest = max(32 * max(1, 4 // width) for width in codes.widths)
+    size = _size(codes.n)
+    if sum(codes.widths) <= 4 and len(codes.widths) == 1:
+        wanted = _FOUR[_tokens(rows)][size]
+    else:
+        wanted = _EIGHT[_tokens(rows)][size]
+    chunk = next((c for c in (128, 64, 32) if c <= wanted.chunk and not codes.width % c), None)
+    if chunk is None or chunk < finest:
+        chunk = finest if not codes.width % finest else None
+    if chunk is None or codes.k % 8:
+        return None
+    ahead = wanted.ahead and finest == 32
+    warps = _warps(wanted.warps, codes.scales.shape[1] * codes.width // chunk)
+    return Tiling(warps, chunk, wanted.blocks, wanted.tokens, ahead)
+
+
+def bytes_tiling(n: int, k: int, rows: int) -> Tiling | None:
+    """The measured choice for byte weights [n, k]; None: k is no multiple of 16."""
+    if k % 16:
+        return None
+    wanted = _BYTES[_tokens(rows)][_size(n)]
+    warps = _warps(wanted.warps, -(-k // wanted.chunk))
+    return Tiling(warps, wanted.chunk, wanted.blocks, wanted.tokens, False)
+
+
+def _size(n: int) -> int:
+    tiles = -(-n // 32)
+    return 0 if tiles <= _SMALL else 1 if tiles <= _MIDDLE else 2
+
+
+def _tokens(rows: int) -> int:
+    return 1 if rows <= 8 else 2 if rows <= 16 else 4
+
+
+def _warps(wanted: int, chunks: int) -> int:
+    """At most one warp per chunk."""
+    while wanted > max(1, chunks):
+        wanted //= 2
+    return wanted
+
+
+# Groups of 8 tokens → by size of the layer.
+_FOUR: dict[int, tuple[Tiling, Tiling, Tiling]] = {
+    1: (Tiling(16, 128, 1, 1, True), Tiling(8, 128, 1, 1, True), Tiling(4, 128, 1, 1, True)),
+    2: (Tiling(16, 64, 1, 2, True), Tiling(8, 128, 1, 2, False), Tiling(4, 128, 1, 2, False)),
+    4: (Tiling(16, 32, 1, 4, False), Tiling(8, 64, 2, 4, False), Tiling(4, 64, 2, 4, False)),
+}
+_EIGHT: dict[int, tuple[Tiling, Tiling, Tiling]] = {
+    1: (Tiling(16, 64, 1, 1, True), Tiling(8, 64, 1, 1, True), Tiling(4, 32, 1, 1, True)),
+    2: (Tiling(8, 64, 1, 2, False), Tiling(8, 64, 1, 2, False), Tiling(8, 64, 1, 2, False)),
+    4: (Tiling(8, 32, 1, 4, False), Tiling(8, 32, 1, 4, False), Tiling(4, 64, 1, 4, False)),
+}
+_BYTES: dict[int, tuple[Tiling, Tiling, Tiling]] = {
+    1: (Tiling(16, 128, 2, 1, False), Tiling(8, 256, 1, 1, False), Tiling(4, 128, 2, 1, False)),
+    2: (Tiling(8, 128, 2, 2, False), Tiling(8, 128, 2, 2, False), Tiling(4, 256, 2, 2, False)),
+    4: (Tiling(8, 128, 2, 4, False), Tiling(8, 128, 2, 4, False), Tiling(4, 128, 2, 4, False)),
+}
