@@ -8,8 +8,7 @@ launched, so that the device never waits for the host (as vLLM's asynchronous sc
 SGLang's overlapped one). A sequence that turns out to be over has then run one row too many, whose
 result is dropped and whose KV lies in blocks that only later launches may write.
 
-KV memory is split evenly over the distinct layouts of the loaded variants; variants of one layout
-share a pool.
+Which variants share KV memory is the business of `groups`.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import count
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gateway.engine.attention import Layout, Pool
 from gateway.engine.base import (
     BadPrompt,
     EngineError,
@@ -35,39 +34,19 @@ from gateway.engine.base import (
 )
 from gateway.engine.device_sampler import upload
 from gateway.engine.draw import Draw, launch
+from gateway.engine.groups import Group, Groups, LocalOptions
 from gateway.engine.job import Job
-from gateway.engine.kv_cache import BlockPool
-from gateway.engine.kv_quant import make_pool
 from gateway.engine.runner import Model, forward_logits
 from gateway.engine.runners import StepRunner, make_runner
 from gateway.engine.sampler import Scored
-from gateway.engine.scheduler import Limits, Scheduler
 from gateway.engine.scheduler import Sequence as Tokens
-from gateway.engine.speculate import OFF, Level, Speculator, enlist, make_speculator
+from gateway.engine.speculate import Level, Speculator, enlist, make_speculator
 from gateway.engine.tokenizer import Tokenizer
-from gateway.errors import ModelError, Unavailable
+from gateway.errors import ModelError
 
 __all__ = ["AheadRunner", "Core", "Event", "Job", "LocalOptions"]
 
 log = logging.getLogger(__name__)
-
-_POOL_LIVES = 4  # a pool holds at most this many full batches of full contexts (reuse included)
-
-
-@dataclass(frozen=True, slots=True)
-class LocalOptions:
-    """Settings of a local runtime. `kv_bytes` bounds all KV pools, `threads` is torch's count,
-    `speculate` is who drafts: `off`, `auto`, a drafter of `drafters.DRAFTERS` or a level."""
-
-    device: Literal["cpu", "cuda"] = "cpu"
-    threads: int = 1
-    max_num_seqs: int = 16
-    max_waiting: int = 256
-    prefill_chunk: int = 256
-    block_size: int = 16
-    kv_bytes: int = 256 * 2**20
-    prefix_cache: bool = True
-    speculate: str = OFF
 
 
 class AheadRunner(StepRunner, Protocol):
@@ -84,22 +63,11 @@ MakeRunner = Callable[..., StepRunner]
 
 
 @dataclass(slots=True)
-class _Group:
-    """Variants of one KV layout: their pool and their scheduler."""
-
-    layout: Layout
-    tensors: Pool
-    scheduler: Scheduler
-    context: int
-    members: dict[str, _Variant] = field(default_factory=dict)
-
-
-@dataclass(slots=True)
 class _Variant:
     name: str
     model: Model
     runner: StepRunner
-    group: _Group
+    group: Group
     speculator: Speculator | None = None
     jobs: dict[int, Job] = field(default_factory=dict)  # by id of the job's sequence
 
@@ -132,7 +100,7 @@ class Core:
         """`make(model, pool, max_batch=…)` gives the runner of a variant."""
         self._options = options
         self._make = make
-        self._groups: dict[Layout, _Group] = {}
+        self._groups = Groups(options)
         self._variants: dict[str, _Variant] = {}
         self._order: list[str] = []  # whose turn it is, first first
         self._flights: deque[_Flight] = deque()
@@ -142,7 +110,7 @@ class Core:
     @property
     def kv_bytes(self) -> int:
         """Bytes of all KV pools."""
-        return sum(group.tensors.nbytes for group in self._groups.values())
+        return self._groups.nbytes
 
     @property
     def names(self) -> list[str]:
@@ -163,10 +131,10 @@ class Core:
         if name in self._variants:
             raise ModelError(f"{name} is already loaded")
         events = self._land(0)
-        group = self._groups.get(model.layout)
-        if group is None:
-            group, lost = self._new_group(model)
-            events += lost
+        group, lost = self._groups.find(model)
+        for seq in lost:
+            job = self._variants[seq.variant].jobs.pop(id(seq))
+            events.append((job, SequenceFailed("the KV cache shrank below this sequence")))
         runner = self._make(model, group.tensors, max_batch=self._options.max_num_seqs)
         speculator = make_speculator(
             self._options.speculate,
@@ -176,7 +144,7 @@ class Core:
         )
         variant = _Variant(name, model, runner, group, speculator)
         group.members[name] = self._variants[name] = variant
-        _enlist(group)
+        self._enlist(group)
         group.scheduler.open(name, identity=f"{name}#{next(self._loads)}")
         self._order.append(name)
         return events
@@ -187,22 +155,24 @@ class Core:
         variant = self._variants.pop(name)
         self._order.remove(name)
         variant.group.scheduler.close(name)
-        del variant.group.members[name]
-        _enlist(variant.group)
-        if not variant.group.members:
-            del self._groups[variant.group.layout]
-            events += self._share_out(len(self._groups))
+        self._groups.leave(variant.group, name)
+        self._enlist(variant.group)
         gone = EngineFailed(f"{name} was unloaded")
         return events + [(job, gone) for job in variant.jobs.values()]
 
     def speculate(self, mode: str) -> None:
         """Change `engine.speculate` for all variants."""
         self._options = replace(self._options, speculate=mode)
-        for group in self._groups.values():
-            for member in group.members.values():
-                if member.speculator is not None:
-                    member.speculator.mode = mode
-            _enlist(group)
+        for variant in self._variants.values():
+            if variant.speculator is not None:
+                variant.speculator.mode = mode
+        for group in self._groups:
+            self._enlist(group)
+
+    def _enlist(self, group: Group) -> None:
+        """Tell the group's variants which of them may draft for which."""
+        found = [v.speculator for v in self._variants.values() if v.group is group]
+        enlist([speculator for speculator in found if speculator is not None])
 
     def submit(self, job: Job) -> None:
         """Queue a request.
@@ -240,7 +210,7 @@ class Core:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every book agrees (tests call it after every step)."""
-        for group in self._groups.values():
+        for group in self._groups:
             group.scheduler.check_integrity()
         assert self.kv_bytes <= self._options.kv_bytes
         for name, variant in self._variants.items():
@@ -347,16 +317,17 @@ class Core:
         events: list[Event] = []
         while len(self._flights) > left:
             flight = self._flights.popleft()
-            events += self._guarded(flight.variant, lambda flight=flight: self._read(flight))  # type: ignore[misc]
+            read = partial(self._read, flight, events)
+            events += self._guarded(flight.variant, read)
         return events
 
-    def _read(self, flight: _Flight) -> list[Event]:
+    def _read(self, flight: _Flight, events: list[Event]) -> list[Event]:
+        """Add a flight's events to `events`, one by one: a failure must not lose those before."""
         variant = flight.variant
-        return [
-            (job, self._accept(variant, job, scored))
-            for job, scored in zip(flight.jobs, flight.draw.collect(), strict=True)
-            if variant.jobs.get(id(job.seq)) is job  # else over or cancelled meanwhile
-        ]
+        for job, scored in zip(flight.jobs, flight.draw.collect(), strict=True):
+            if variant.jobs.get(id(job.seq)) is job:  # else over or cancelled meanwhile
+                events.append((job, self._accept(variant, job, scored)))
+        return []
 
     def _accept(self, variant: _Variant, job: Job, scored: Scored) -> TokenEvent:
         """Append a sampled token and turn it into an event; ends the sequence where it must end."""
@@ -365,65 +336,6 @@ class Core:
         if event.finish_reason is not None:
             self.cancel(job)
         return event
-
-    def _new_group(self, model: Model) -> tuple[_Group, list[Event]]:
-        blocks = self._blocks(model.layout, model.context_length, len(self._groups) + 1)
-        if blocks < 2 + model.layout.tail_blocks:
-            raise Unavailable(
-                f"the KV cache of {self._options.kv_bytes} bytes has no room for another layout"
-            )
-        events = self._share_out(len(self._groups) + 1)
-        options = self._options
-        tensors = make_pool(model.layout, blocks, options.block_size, options.device)
-        limits = Limits(options.max_num_seqs, options.max_waiting, options.prefill_chunk)
-        scheduler = Scheduler(self._books(model.layout, blocks), limits, model.layout.tail_blocks)
-        group = _Group(model.layout, tensors, scheduler, model.context_length)
-        self._groups[model.layout] = group
-        return group, events
-
-    def _share_out(self, shares: int) -> list[Event]:
-        """Give every present layout its part of the KV budget; sequences are recomputed."""
-        events: list[Event] = []
-        for group in self._groups.values():
-            blocks = max(
-                2 + group.layout.tail_blocks, self._blocks(group.layout, group.context, shares)
-            )
-            if blocks == group.tensors.num_blocks:
-                continue
-            for seq in group.scheduler.replace_pool(self._books(group.layout, blocks)):
-                job = group.members[seq.variant].jobs.pop(id(seq))
-                events.append((job, SequenceFailed("the KV cache shrank below this sequence")))
-            _release(group)
-            group.tensors = make_pool(
-                group.layout, blocks, self._options.block_size, self._options.device
-            )
-            for member in group.members.values():
-                member.runner.bind(group.tensors)
-        return events
-
-    def _books(self, layout: Layout, blocks: int) -> BlockPool:
-        size = layout.block_size(self._options.block_size)
-        return BlockPool(blocks, size, reuse=self._options.prefix_cache)
-
-    def _blocks(self, layout: Layout, context: int, shares: int) -> int:
-        size = layout.block_size(self._options.block_size)
-        affordable = self._options.kv_bytes // shares // layout.block_bytes(size)
-        each = -(-context // size) + layout.tail_blocks
-        useful = _POOL_LIVES * self._options.max_num_seqs * each + 1
-        return min(affordable, useful)
-
-
-def _enlist(group: _Group) -> None:
-    """Tell the group's variants which of them may draft for which."""
-    enlist([m.speculator for m in group.members.values() if m.speculator is not None])
-
-
-def _release(group: _Group) -> None:
-    """Let go of a pool's tensors before the next are made, so that both never exist at once."""
-    for member in group.members.values():
-        for slot in member.model.slots:
-            slot.kv = None
-    group.tensors.clear()
 
 
 def _last_tokens(batch: Sequence[Tokens], flight: _Flight) -> Tensor:

@@ -60,7 +60,7 @@ def test_alone_batched_preempted_and_reused(
     assert core.stats("v").prefix_hit_tokens > 0
     assert sum(events[0].cached_tokens for events in again) > 0
 
-    block = core._groups[core._variants["v"].model.layout].layout.block_bytes(4)
+    block = core._variants["v"].model.layout.block_bytes(4)
     tiny = loaded(small_core(kv_bytes=block * 24), folder, bytes_tokenizer)
     squeezed = run(tiny, [Job("v", request(p, 12), bytes_tokenizer) for p in ragged])
     assert [tokens_of(events) for events in squeezed] == expected

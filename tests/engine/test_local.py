@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from gateway.engine.base import (
     SequenceFailed,
     TokenEvent,
 )
-from gateway.engine.core import Core, Job
+from gateway.engine.core import Core, Event, Job
 from gateway.engine.local import LocalEngine, LocalOptions, LocalRuntime
 from gateway.engine.runner import VariantWeights, build_model, forward_logits
 from gateway.engine.tokenizer import Tokenizer
@@ -83,6 +84,18 @@ async def begun(engine: LocalEngine) -> None:
     raise AssertionError(f"nothing runs: {engine.stats()}")
 
 
+@pytest.fixture
+def unhurried(runtime: LocalRuntime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps that leave the test time to cut a sequence short."""
+    step = runtime._core.step
+
+    def slowly() -> list[Event]:
+        time.sleep(0.002)
+        return step()
+
+    monkeypatch.setattr(runtime._core, "step", slowly)
+
+
 async def test_streams_tokens_and_ends_with_a_reason(engine: LocalEngine) -> None:
     events = await collect(engine, [5, 6, 7], 6)
     assert [event.finish_reason for event in events] == [None] * 5 + ["length"]
@@ -108,6 +121,7 @@ async def test_a_stop_string_ends_and_is_not_shown(engine: LocalEngine) -> None:
     assert events[-1].finish_reason == "stop"
 
 
+@pytest.mark.usefixtures("unhurried")
 async def test_closing_the_iterator_frees_the_sequence(engine: LocalEngine) -> None:
     stream = engine.generate(request([5] * 20, 200))
     await anext(stream)
@@ -116,6 +130,7 @@ async def test_closing_the_iterator_frees_the_sequence(engine: LocalEngine) -> N
     await settle(engine)
 
 
+@pytest.mark.usefixtures("unhurried")
 async def test_cancelling_the_task_frees_the_sequence(engine: LocalEngine) -> None:
     task = asyncio.create_task(collect(engine, [5] * 20, 200))
     await begun(engine)
@@ -182,6 +197,7 @@ async def test_a_layout_without_room_is_refused(
         await runtime.close()
 
 
+@pytest.mark.usefixtures("unhurried")
 async def test_unloading_fails_its_sequences_and_frees_its_pool(
     runtime: LocalRuntime, engine: LocalEngine
 ) -> None:
