@@ -42,8 +42,7 @@ class Case:
         self.said = said
         self.columns = columns = said.columns
         self.standing = Standing.of(columns, policy, snapshot.for_weights[0])
-        self.budget = ask.sla.intersect(self.standing.budget)
-        self.bounds = self.budget.bounds()
+        self.budget, self.bounds = self.standing.budget(ask.sla)
         self.objective = ask.sla.objective or policy.objective
         self.on_miss = ask.sla.on_miss or policy.on_miss
         self.roomy = roomy(said, snapshot)
@@ -147,7 +146,7 @@ class Case:
         return Option(
             facts=facts,
             predicted=predicted,
-            broken=excess(self.bounds, costs(facts, predicted)),
+            broken={} if self.fits[row] else excess(self.bounds, costs(facts, predicted)),
             rank=int(self.standing.rank[row]),
             barrier=self.barrier(row),
         )

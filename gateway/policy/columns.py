@@ -71,6 +71,7 @@ class Columns:
         self.draining = self._in(State.DRAINING)
         self.loadable = self._in(State.READY, State.LOADING, State.STORED)
         self.unbuilt = self._in(State.ABSENT, State.BUILDING)
+        self.any_unbuilt = bool(self.unbuilt.any())
         self.in_memory = self._in(State.READY, State.LOADING, State.DRAINING)
         self.memo: dict[object, object] = {}  # what is derived from these columns and one policy
 

@@ -55,10 +55,11 @@ class Standing:
     """
 
     policy: Policy
-    budget: Budget
     barrier: Codes
     free: Mask
     rank: Floats
+    _outer: Budget
+    _budgets: dict[Bounds, tuple[Budget, Bounds]]
 
     @classmethod
     def of(cls, columns: Columns, policy: Policy, weight_budget: int) -> Standing:
@@ -78,8 +79,20 @@ class Standing:
                 ],
                 dtype=np.float64,
             )
-            known = columns.memo[key] = cls(policy, policy.budget, barrier, barrier == 0, rank)
+            known = columns.memo[key] = cls(policy, barrier, barrier == 0, rank, policy.budget, {})
         return cast(Standing, known)
+
+    def budget(self, asked: Budget) -> tuple[Budget, Bounds]:
+        """The effective budget of a request and its bounds. Requests of one kind ask alike, so the
+        last few are kept."""
+        key = asked.bounds()
+        known = self._budgets.get(key)
+        if known is None:
+            if len(self._budgets) >= _MEMO:
+                self._budgets.clear()
+            budget = asked.intersect(self._outer)
+            known = self._budgets[key] = (budget, budget.bounds())
+        return known
 
     def name(self, row: int, crowded: bool) -> str:
         """The barrier of a level by name; `crowded`: it finds no room beside the levels in use."""
@@ -125,23 +138,29 @@ class Limits:
         hard: the levels that keep the hard bounds (memory, quality); None when there are none.
     """
 
-    __slots__ = ("_bounds", "_said", "_timed", "hard")
+    __slots__ = ("_bounds", "_paced", "_said", "_timed", "hard")
 
     def __init__(self, bounds: Bounds, said: Predictions) -> None:
         self._bounds = bounds
         self._said = said
-        self._timed = [pair for pair in bounds if pair[0] not in HARD]
+        self._timed: list[tuple[str, float]] = []
         self.hard: Mask | None = None
-        if len(self._timed) < len(bounds):
-            for name, bound in bounds:
-                if name in HARD:
-                    kept = _keeps(name, bound, self._fixed(name))
-                    self.hard = kept if self.hard is None else self.hard & kept
+        self._paced: Mask | None = None  # the levels that keep what no load or build delays
+        for name, bound in bounds:
+            if name in HARD:
+                kept = _keeps(name, bound, self._fixed(name))
+                self.hard = kept if self.hard is None else self.hard & kept
+            elif name == "tpot_ms":
+                self._paced = said.tpot_ms <= bound
+            else:
+                self._timed.append((name, bound))
+        if self.hard is not None:
+            self._paced = self.hard if self._paced is None else self.hard & self._paced
 
     def kept(self, mask: Mask, times: Times) -> Mask:
         """Those of `mask` that keep every bound."""
-        if self.hard is not None:
-            mask = mask & self.hard
+        if self._paced is not None:
+            mask = mask & self._paced
         for name, bound in self._timed:
             mask = mask & (self._time(name, times) <= bound)
         return mask

@@ -87,6 +87,8 @@ class Predictions(Sequence[Prediction]):
 
     def times(self) -> Times:
         """Of use now; of levels that must be built first: once they are in memory."""
+        if not self.columns.any_unbuilt:
+            return Times(self.ttft_ms, self.latency_ms)
         return Times(self.ttft_ms - self.build_ms, self.latency_ms - self.build_ms)
 
     def warm_times(self) -> Times:

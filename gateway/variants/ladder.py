@@ -80,14 +80,12 @@ class Ladder:
                     changed.add(row)
                 continue
             stats = engine.stats()
-            if stats is old:
-                continue
-            self._stats[row] = stats
-            if _works(stats) or _works(old):
-                changed.add(row)
-        for stats in self._stats:
             running += stats.running
             tokens += stats.waiting_prompt_tokens
+            if stats is not old:
+                self._stats[row] = stats
+                if _works(stats) or _works(old):
+                    changed.add(row)
         self.running, self.waiting_prompt_tokens = running, tokens
         return changed
 
