@@ -353,7 +353,7 @@ def test_preempted_and_cancelled_in_the_middle(
     expected = [
         tokens_of(e) for e in run(plain, jobs_of([request(p, 20) for p in asked], bytes_tokenizer))
     ]
-    group = next(iter(plain._groups.values()))
+    group = next(iter(plain._groups))
     tiny = pair(folder, bytes_tokenizer, kv_bytes=group.layout.block_bytes(4) * 30)
     squeezed = run(tiny, jobs_of([request(p, 20) for p in asked], bytes_tokenizer))
     assert [tokens_of(e) for e in squeezed] == expected
