@@ -13,6 +13,8 @@ import mmap
 import os
 import threading
 import weakref
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -100,6 +102,20 @@ class Blobs:
             self._verified[digest] = stamp
             self._mapped[digest] = memory
         return view
+
+    def prefetch(self, digests: Iterable[str]) -> None:
+        """Let the kernel begin to read blobs that are about to be opened. Never fails."""
+        for digest in digests:
+            with self._lock:
+                known = digest in self._mapped
+            if known or not hasattr(os, "posix_fadvise"):
+                continue
+            with suppress(OSError):
+                descriptor = os.open(self.path(digest), os.O_RDONLY)
+                try:
+                    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(descriptor)
 
     def trust(self, digest: str, stamp: Stamp) -> None:
         """Remember a file that this process has hashed while writing it as proven."""

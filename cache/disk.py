@@ -133,6 +133,7 @@ class DiskStore:
         stamp = stamp_of(os.fstat(lease))
         try:
             manifest = self._parse(key, stamp)
+            self.blobs.prefetch(manifest.blobs)
             blobs = {
                 digest: self.blobs.open(digest, size) for digest, size in manifest.blobs.items()
             }

@@ -76,7 +76,10 @@ def build_skeleton(
         # The hook is global: leave other threads' modules alone, and tied parameters tied.
         if parameter is None or parameter.is_meta or threading.get_ident() != owner:
             return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+        empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        # Drawing weights for the meta device takes longer than all the rest and imports dynamo.
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]
+        return empty
 
     register = nn.modules.module.register_module_parameter_registration_hook
     handle = register(to_meta)
