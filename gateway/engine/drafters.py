@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from gateway.engine.acceptance import distributions, draw
+from gateway.engine.host_acceptance import Shares
 from gateway.engine.runners import StepRunner
 from gateway.engine.sampler import RowState
 from gateway.engine.scheduler import Sequence as Tokens
@@ -33,12 +34,12 @@ class Draft:
 
     Attributes:
         tokens: per row, possibly none.
-        probs: fp32 [rows, most, vocab]: what each token of a sampled row was drawn from; None:
-            the tokens are certain, or no row is sampled.
+        probs: fp32 [rows, most, vocab]: what each token of a sampled row was drawn from, or on the
+            host a list of it per row; None: the tokens are certain, or no row is sampled.
     """
 
     tokens: list[list[int]]
-    probs: Tensor | None = None
+    probs: Tensor | list[list[Shares]] | None = None
 
 
 class Drafter(Protocol):
@@ -85,17 +86,22 @@ class LevelDrafter:
         tokens: list[list[int]] = [[] for _ in batch]
         seen = [row.counts.copy() if row.penalised else None for row in rows]
         sampled = any(row.random for row in rows)
+        shares: list[list[Shares]] = [[] for _ in batch]
         probs: Tensor | None = None
         try:
             for step in range(max(counts)):
                 active = [i for i, count in enumerate(counts) if count > step]
                 logits = self._runner.decode([batch[i] for i in active])
-                if sampled and probs is None:
-                    shape = (len(batch), max(counts), logits.shape[1])
-                    probs = torch.zeros(shape, device=logits.device)
-                drawn, found = _next(logits, [rows[i] for i in active])
-                if probs is not None and found is not None:
-                    probs[torch.tensor(active, device=logits.device), step] = found
+                if logits.device.type == "cpu":
+                    places = [shares[i] for i in active]
+                    drawn = _next_on_host(logits, [rows[i] for i in active], places)
+                else:
+                    if sampled and probs is None:
+                        shape = (len(batch), max(counts), logits.shape[1])
+                        probs = torch.zeros(shape, device=logits.device)
+                    drawn, found = _next(logits, [rows[i] for i in active])
+                    if probs is not None and found is not None:
+                        probs[torch.tensor(active, device=logits.device), step] = found
                 for i, token in zip(active, drawn, strict=True):
                     tokens[i].append(token)
                     batch[i].tokens.append(token)
@@ -106,7 +112,22 @@ class LevelDrafter:
                 del seq.tokens[len(seq.tokens) - len(made) :]
                 if before is not None:
                     row.counts = before
-        return Draft(tokens, probs)
+        return Draft(tokens, shares if sampled and probs is None else probs)
+
+
+def _next_on_host(
+    logits: Tensor, rows: Sequence[RowState], shares: Sequence[list[Shares]]
+) -> list[int]:
+    """A token per row; what a sampled row's was drawn from is added to its `shares`."""
+    lines = adjusted(logits, rows).numpy()
+    tokens = []
+    for line, row, seen in zip(lines, rows, shares, strict=True):
+        if not row.random:
+            tokens.append(int(line.argmax()))
+            continue
+        seen.append(Shares.of(line, row.params))
+        tokens.append(seen[-1].draw(row.draw()))
+    return tokens
 
 
 def _next(logits: Tensor, rows: Sequence[RowState]) -> tuple[list[int], Tensor | None]:

@@ -183,7 +183,7 @@ def _pick_one(line: Logits, row: RowState) -> int:
     if not row.random:
         return int(line.argmax())
     kept, weights = weigh(line, row.params)
-    index = _invert(weights, row.draw())
+    index = invert(weights, row.draw())
     return index if kept is None else int(kept[index])
 
 
@@ -271,7 +271,7 @@ def _nucleus(
     return (count, order[-count]) if count <= len(order) else None
 
 
-def _invert(weights: Weights, uniform: float) -> int:
+def invert(weights: Weights, uniform: float) -> int:
     """Smallest index whose cumulative share of `weights` exceeds `uniform`, in [0, 1).
 
     Pieces are found by their sums and only the right one is added up one by one.

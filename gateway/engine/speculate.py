@@ -24,6 +24,7 @@ from torch import Tensor
 from gateway.engine.acceptance import distributions, judge
 from gateway.engine.drafters import DRAFTERS, Draft, Drafter, LevelDrafter
 from gateway.engine.draw import launch
+from gateway.engine.host_acceptance import Shares, judge_row
 from gateway.engine.payoff import Choice, Curve, Offer, Payoff, Verdicts
 from gateway.engine.runner import Model
 from gateway.engine.runners import StepRunner
@@ -278,7 +279,8 @@ def _keep(
             kept[i] = _matching(draft.tokens[i], [best[at] for at in spans[i]])
     sampled = [i for i in drafted if rows[i].random]
     if sampled:
-        kept |= _judged(logits, spans, rows, draft, sampled)
+        judged = _judged_on_host if logits.device.type == "cpu" else _judged
+        kept |= judged(logits, spans, rows, draft, sampled)
     return kept
 
 
@@ -296,6 +298,27 @@ def _matching(drafts: Sequence[int], best: Sequence[int]) -> list[int]:
     """The target's own tokens up to the first that was drafted otherwise, that one included."""
     same = next((i for i, token in enumerate(drafts) if token != best[i]), len(drafts))
     return list(best[: same + 1])
+
+
+def _judged_on_host(
+    logits: Tensor,
+    spans: Sequence[range],
+    rows: Sequence[RowState],
+    draft: Draft,
+    chosen: Sequence[int],
+) -> dict[int, list[int]]:
+    """`_keep` for rows that are sampled, logits being in the host's memory."""
+    lines, found = logits.numpy(), {}
+    for i in chosen:
+        begin, params = spans[i].start, rows[i].params
+        found[i] = judge_row(
+            lambda at, begin=begin, params=params: Shares.of(lines[begin + at], params),  # type: ignore[misc]
+            None if draft.probs is None else draft.probs[i],  # type: ignore[arg-type]
+            draft.tokens[i],
+            lines.shape[1],
+            rows[i].draw,
+        )
+    return found
 
 
 def _judged(
@@ -320,7 +343,7 @@ def _judged(
         )
     padded = torch.tensor([[*line, *[0] * (most - len(line))] for line in tokens], device=device)
     probs = None
-    if draft.probs is not None:
+    if isinstance(draft.probs, Tensor):
         probs = draft.probs[torch.tensor(chosen, device=device), :most]
     counts = torch.tensor([len(line) for line in tokens], device=device)
     kept, following = judge(target, probs, padded, counts, uniform.to(device))

@@ -6,6 +6,7 @@ from fractions import Fraction
 from itertools import product
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from gateway.engine.acceptance import distributions, draw, judge
 from gateway.engine.base import SamplingParams
+from gateway.engine.host_acceptance import Shares, judge_row
 
 from .chi_square import chi_square_tail
 
@@ -78,6 +80,38 @@ def test_a_certain_draft_leaves_the_target_distributed_as_it_is(p: list[int], to
     total = [(1 - chance) * share for share in instead]
     total[token] += chance
     assert total == [Fraction(part, PARTS) for part in p]
+
+
+@pytest.mark.parametrize("certain", [True, False])
+@settings(deadline=None, max_examples=12)
+@given(p=eighths(), q=eighths())
+def test_on_the_host_the_same_is_kept_and_drawn(certain: bool, p: list[int], q: list[int]) -> None:
+    target = [shares(p), shares([0] * (VOCAB - 1) + [PARTS])]
+    grid = MIDPOINTS[::40].tolist()
+    for token in range(VOCAB):
+        if not certain and not q[token]:
+            continue
+        for uniform in product(grid[::3], grid):
+            numbers = iter(uniform)
+            found = judge_row(
+                lambda index: target[index],
+                None if certain else [shares(q)],
+                [token],
+                VOCAB,
+                lambda numbers=numbers: next(numbers),  # type: ignore[misc]
+            )
+            tensor = torch.tensor([uniform], dtype=torch.float64)
+            good, following = outcome(p, None if certain else q, token, tensor)
+            assert found == [*[token] * int(good), int(following)]
+
+
+def shares(parts: list[int]) -> Shares:
+    """All of it, or without the tokens that have none."""
+    weights = np.array(parts, dtype=np.float32)
+    ids = np.flatnonzero(weights)
+    if len(ids) == len(weights):
+        return Shares(None, weights, float(PARTS))
+    return Shares(ids, weights[ids], float(PARTS))
 
 
 def test_runs_of_three_tokens_are_distributed_as_the_targets() -> None:
@@ -146,6 +180,9 @@ def test_distributions_are_those_of_the_definition(
     found = distributions(logits, [params, SamplingParams(1, temperature=1.0)])
     assert torch.allclose(found.sum(-1), torch.ones(2), atol=1e-5)
     assert torch.allclose(found[1], torch.softmax(logits[1], -1), atol=1e-6)
+    line = Shares.of(logits[0].numpy(), params)
+    assert np.abs(line.whole(32) - found[0].numpy()).max() < 1e-6
+    assert [line.chance(i) for i in range(32)] == pytest.approx(found[0].tolist(), abs=1e-6)
     exact = naive(logits[0].double().numpy(), params)
     assert np.abs(found[0].numpy() - exact).sum() < 1e-3 or near_a_border(logits[0], params)
 
