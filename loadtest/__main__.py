@@ -26,6 +26,7 @@ from loadtest.client import Client, Outcome, Target, calibrate
 from loadtest.compare import cli as compare
 from loadtest.machine import provenance
 from loadtest.mix import BadInput, Goals, Mix, load_mix, single_class
+from loadtest.peers import install
 from loadtest.report import record, summarize
 from loadtest.runner import Bounds, Run, run_closed, run_open
 from loadtest.tables import print_report
@@ -37,6 +38,7 @@ app.command("overhead")(overhead.command)
 app.command("stall")(stall.command)
 app.command("shapes")(shapes.command)
 compare.app.command("cuda")(gpu.command)
+app.command("peers")(install.command)
 app.add_typer(compare.app, name="compare")
 compare.app.command("gateways")(gateways.command)
 
