@@ -97,7 +97,8 @@ class LocalRuntime:
     def _build(self, weights: VariantWeights) -> Model:
         if self.options.device == "cuda":
             device_sampler.kernel()  # compiled now, not while a request waits
-        return settle(build_model(weights, device=self.options.device))
+        model = build_model(weights, device=self.options.device)
+        return settle(model, max_batch=self.options.max_num_seqs)
 
     async def close(self) -> None:
         """Stop the thread; sequences still running fail. Idempotent."""

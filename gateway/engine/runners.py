@@ -65,10 +65,11 @@ def _thin(model: Model, pool: Pool, max_batch: int) -> StepRunner | None:
 
 
 @torch.inference_mode()
-def settle(model: Model) -> Model:
+def settle(model: Model, *, max_batch: int = 2) -> Model:
     """The model, without its parts where a thin runner of them is not what transformers computes.
 
-    Takes two short prompts' time; call it before the model serves.
+    Takes two short prompts' time, and that of compiling what steps of up to `max_batch` sequences
+    need; call it before the model serves.
     """
     layout, device = model.layout, str(next(model.module.parameters()).device)
     if model.decoder is None:
@@ -76,8 +77,10 @@ def settle(model: Model) -> Model:
     size = layout.block_size(_BLOCK)
     blocks = 1 + layout.tail_blocks - (-(_PROMPT + 1) // size)
     try:
-        thin = _thin(model, make_pool(layout, blocks, size, device), 2)
+        thin = _thin(model, make_pool(layout, blocks, size, device), max_batch)
         ours = None if thin is None else _short_run(thin, model, size)
+        if thin is not None and hasattr(thin, "warm"):
+            thin.warm()
     except Exception:  # a compiler that is missing, a device too small: the module needs neither
         log.exception("%s is run by transformers' own code", type(model.module).__name__)
         return replace(model, decoder=None)

@@ -23,7 +23,7 @@ class Graphs:
 
     def __init__(self, step: Callable[[int], Tensor], *, enabled: bool) -> None:
         self._step = step
-        self._enabled = enabled
+        self.enabled = enabled
         self._seen: set[int] = set()
         self._ready: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._pool: Any = None
@@ -35,7 +35,7 @@ class Graphs:
 
     def run(self, rows: int) -> Tensor:
         """The step's result; the next run of any size may overwrite it."""
-        if self._enabled and rows in self._seen and rows not in self._ready:
+        if self.enabled and rows in self._seen and rows not in self._ready:
             self._capture(rows)
         if rows in self._ready:
             graph, result = self._ready[rows]
@@ -67,7 +67,7 @@ class Graphs:
                     graph.capture_end()
         except RuntimeError as error:
             log.warning("a step cannot be captured and is launched instead: %s", error)
-            self._enabled = False
+            self.enabled = False
             return
         main.wait_stream(side)
         self._ready[rows] = (graph, result)

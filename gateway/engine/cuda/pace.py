@@ -66,7 +66,8 @@ class Pace:
 
     def load(self, ask: dict[str, Any]) -> dict[str, Any]:
         """Make a level and let it take requests; its bytes on the device."""
-        model = settle(build_model(self._weights(ask["level"]), device="cuda"))
+        model = build_model(self._weights(ask["level"]), device="cuda")
+        model = settle(model, max_batch=_STREAMS)
         thin = model.decoder is not None
         self._core.attach(ask["level"], model, self._tokenizer)
         return {"bytes": model.resident_bytes, "thin": thin}

@@ -26,6 +26,7 @@ from gateway.engine.cuda.staging import (
 from gateway.engine.scheduler import Chunk
 
 _ROWS = (16, 32, 64, 96, 128, 192, 256)
+_LONG = 512
 _CHUNKS = 8  # of a filled-up step at most
 
 
@@ -70,6 +71,14 @@ class PromptSteps:
             staged = prompts_at(send_prompts(parts, target), lengths, filled=False)
             logits = self._compute(staged).float()
         return list(torch.split(logits, counts))
+
+    def warm(self) -> None:
+        """Run short steps of every size and a long one, on rows that belong to nobody."""
+        for rows in _ROWS:
+            self._filled(rows)
+        lengths = self._lengths(_LONG)
+        nothing = torch.zeros(ints(lengths), dtype=torch.int32, device=self._device)
+        self._compute(prompts_at(nothing, lengths, filled=True))
 
     def drop(self) -> None:
         """Forget all graphs: the pool is another."""

@@ -99,7 +99,7 @@ class DecodeStage:
     def _put_tables(self, blocks: Sequence[list[int]], rows: int) -> None:
         """Write what is new since the last step: a sequence's list of blocks only ever grows, and
         is another list after it was preempted."""
-        self._fit(max(map(len, blocks)))
+        self._fit(max(map(len, blocks), default=1))
         width = self._width
         for row, own in enumerate(blocks):
             held = self._rows[row]

@@ -91,6 +91,15 @@ class CudaRunner:
         its tokens where `every` says so."""
         return self._prompts.run(chunks, every)
 
+    @torch.inference_mode()
+    def warm(self) -> None:
+        """Run steps of every size once, on nothing: what they need is compiled then."""
+        if self._graphs.enabled:
+            for rows in self._batches:
+                self._stage.stage([], rows, None)
+                self._decode_rows(rows)
+            self._prompts.warm()
+
     def prompt_logits(self, staged: Prompts) -> Tensor:
         """Logits [n, vocab] of the rows to keep."""
 
