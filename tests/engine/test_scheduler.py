@@ -84,6 +84,15 @@ def test_a_long_prompt_never_stops_decoding() -> None:
         scheduler.check_integrity()
 
 
+def test_short_prompts_share_a_step() -> None:
+    scheduler = make(blocks=100)
+    for length in (3, 2, 2, 5):
+        scheduler.add(seq(length))
+    plan = scheduler.plan("a")
+    assert [chunk.length for chunk in plan.prefill] == [3, 2, 2, 1]
+    assert [chunk.samples for chunk in plan.prefill] == [True, True, True, False]
+
+
 def test_chunks_cover_the_prompt_once_and_in_order() -> None:
     scheduler = make(blocks=100)
     long = seq(list(range(45)), 1)
