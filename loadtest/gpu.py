@@ -63,14 +63,14 @@ class Ask:
 ASKS = (
     Ask("decode", "decode, 1 stream", 64, ways=("generate", "compiled")),
     Ask("streams", "64 streams of 256 + 128 tokens", 128, batch=64, ways=("generate_batch",)),
-    Ask("prefill", "prefill 2,048", 2048, ways=("generate",)),
+    Ask("prefill", "prefill", 2048, ways=("generate",)),
 )
 LEVEL_ASKS = (
     Ask("decode", "1 stream", 64),
     Ask("decode", "8 streams", 64, batch=8),
     Ask("decode", "32 streams", 64, batch=32),
     Ask("decode", "64 streams", 64, batch=64),
-    Ask("prefill", "prefill 2,048", 2048),
+    Ask("prefill", "prefill", 2048),
 )
 
 
@@ -122,8 +122,8 @@ def measure(
         peer = _peer(stack, setup, ways, versions)
         sizes = _load(ours, levels, peer.skipped)
         present = list(sizes)
-        rows = [_against(ours, levels[0], peer, ask, runs) for ask in ASKS]
-        compared = [_levels(ours, present, ask, runs) for ask in LEVEL_ASKS] if present[1:] else []
+        rows = [_against(ours, levels[0], peer, fitted(ask, shape), runs) for ask in ASKS]
+        compared = [_levels(ours, present, fitted(ask, shape), runs) for ask in LEVEL_ASKS]
     for row in (*rows, *compared):
         if row["kind"] == "prefill":
             row["mfu"] = {
@@ -147,6 +147,14 @@ class _Peer:
     child: Child | None
     ways: Sequence[str]
     skipped: list[str]
+
+
+def fitted(ask: Ask, shape: Shape) -> Ask:
+    """The ask with a prompt that the context holds, and its length in the title of a prefill."""
+    if ask.kind != "prefill":
+        return replace(ask, prompt=min(ask.prompt, shape.context - ask.tokens - 1))
+    tokens = min(ask.tokens, shape.context - 1)
+    return replace(ask, tokens=tokens, title=f"prefill {tokens:,}")
 
 
 def _peer(
@@ -225,8 +233,7 @@ def _flops(shape: Shape, tokens: int) -> float:
 def show(report: Mapping[str, Any]) -> list[str]:
     """Against transformers; levels against the first; shares of the peak in prefill."""
     tables = [_table(report["rows"], lambda ratio: f"ours {ratio:.2f}×")]
-    if report["levels"]:
-        tables.append(_table(report["levels"], lambda ratio: f"{1 / ratio:.2f}×"))
+    tables.append(_table(report["levels"], lambda ratio: f"{1 / ratio:.2f}×"))
     sizes = ", ".join(f"{level} {count / 1e9:.1f} GB" for level, count in report["bytes"].items())
     peak = report["peak_tflops"]
     return [*tables, f"Tokens/s; the peak is {peak:g} TFLOP/s. Weights on the device: {sizes}.\n"]

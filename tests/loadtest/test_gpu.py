@@ -74,6 +74,17 @@ def test_operations_of_a_prompt() -> None:
     assert gpu._flops(shape, 1000) == pytest.approx(wanted, rel=1e-2)
 
 
+@pytest.mark.parametrize("name", gpu.GPU_SHAPES)
+def test_what_is_asked_fits_the_context(name: str) -> None:
+    shape = gpu.GPU_SHAPES[name]
+    for ask in (*gpu.ASKS, *gpu.LEVEL_ASKS):
+        found = gpu.fitted(ask, shape)
+        assert found.prompt > 0
+        whole = found.tokens if found.kind == "prefill" else found.prompt + found.tokens
+        assert whole < shape.context
+    assert gpu.fitted(gpu.ASKS[-1], gpu.GPU_SHAPES["8b"]).title == "prefill 2,048"
+
+
 @pytest.mark.parametrize(
     ("flag", "value"), [("--shape", "9b"), ("--peers", "vllm"), ("--levels", " , ")]
 )
