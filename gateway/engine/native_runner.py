@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gateway.engine import native_build
 from gateway.engine.attention import Pool
-from gateway.engine.native_build import Builder
+from gateway.engine.native_build import Builder, roots
+from gateway.engine.native_linears import DTYPES, limits
 from gateway.engine.native_step import Buffers, Operations, Program, Step, operations
 from gateway.engine.runner import Model, Runner
 from gateway.engine.scheduler import Chunk
@@ -29,7 +29,7 @@ Numbers = np.ndarray[Any, np.dtype[np.int64]]
 def make(model: Model, pool: Pool, max_batch: int) -> NativeRunner | None:
     """A runner for the model, None where this host or its dtype has none."""
     found = operations()
-    if found is None or model.decoder is None or model.layout.dtype not in native_build.DTYPES:
+    if found is None or model.decoder is None or model.layout.dtype not in DTYPES:
         return None
     return NativeRunner(model, pool, max_batch, found)
 
@@ -41,7 +41,7 @@ class NativeRunner:
         assert model.decoder is not None
         self.model = model
         self._operations, self._max_batch = found, max_batch
-        self._limits = native_build.limits(model.decoder, model.layout.dtype)
+        self._limits = limits(roots(model.decoder), model.layout.dtype)
         # A quantized pool's attention is its own and reads the model's `Step`.
         self._eager = None if model.layout.kv is None else Runner(model, pool, max_batch=max_batch)
         self._inputs = _Inputs(max_batch)

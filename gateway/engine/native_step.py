@@ -21,7 +21,7 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-ABI = 1
+ABI = 2
 _PAIRS = 2  # the feature bit of bf16 products
 
 
@@ -93,13 +93,31 @@ class Scale(ctypes.Structure):
     _fields_ = _struct("x by full half", "n kept")
 
 
+class Add(ctypes.Structure):
+    """`Add` of step.h."""
+
+    _fields_ = _struct("x add", "n")
+
+
+class Pick(ctypes.Structure):
+    """`Pick` of step.h."""
+
+    _fields_ = _struct("x columns full half", "k n")
+
+
+class Mix(ctypes.Structure):
+    """`Mix` of step.h."""
+
+    _fields_ = _struct("x signs full half", "n block")
+
+
 class _Op(ctypes.Structure):
     """`Op` of step.h."""
 
     _fields_ = _struct("run args", "")
 
 
-Args = Embed | Norm | Linear | Angles | Rotate | Attend | Gate | Scale
+Args = Embed | Norm | Linear | Angles | Rotate | Attend | Gate | Scale | Add | Pick | Mix
 _NAMES = {
     Embed: "embed",
     Norm: "norm",
@@ -109,6 +127,9 @@ _NAMES = {
     Attend: "attend",
     Gate: "gate",
     Scale: "scale",
+    Add: "add",
+    Pick: "pick",
+    Mix: "mix",
 }
 
 

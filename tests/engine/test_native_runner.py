@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compressors.forms.corrected import Corrected
+from compressors.forms.outlier import Outlier
+from compressors.forms.rotated import Rotated, mixed
 from compressors.forms.scaled import Scaled
 from compressors.kv_scheme import KVScheme
+from compressors.quantize import rtn
 from compressors.tensor import Dense, LowRank, StoredLinear
 from gateway.engine import native_runner, runners
 from gateway.engine.kernels.store import pack
@@ -175,14 +179,37 @@ def _scaled(weight: Tensor) -> StoredLinear:
     return pack(Scaled(Dense((weight / by).to(weight.dtype)), by))
 
 
-def _lowrank(weight: Tensor) -> StoredLinear:
+def _factors(weight: Tensor, rank: int = 16) -> tuple[Dense, Dense]:
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
-    rank = 16
     left, right = u[:, :rank] * s[:rank], v[:rank]
-    return pack(LowRank(Dense(left.to(weight.dtype)), Dense(right.to(weight.dtype))))
+    return Dense(left.to(weight.dtype)), Dense(right.to(weight.dtype))
 
 
-@pytest.mark.parametrize("form", [_scaled, _lowrank])
+def _lowrank(weight: Tensor) -> StoredLinear:
+    return pack(LowRank(*_factors(weight)))
+
+
+def _rotated(weight: Tensor) -> StoredLinear:
+    signs = torch.randint(0, 2, (weight.shape[1],), generator=torch.Generator().manual_seed(1))
+    signs = (signs * 2 - 1).to(torch.int8)
+    turned = mixed(weight.float() * signs, 16).to(weight.dtype)
+    return pack(Rotated(rtn.solve(turned.float(), bits=8, group=16), signs, 16))
+
+
+def _outlier(weight: Tensor) -> StoredLinear:
+    columns = torch.tensor([3, 11, 30], dtype=torch.int32)
+    rest = weight.float()
+    rest[:, columns] = 0.0
+    values = Dense(weight[:, columns].contiguous())
+    return pack(Outlier(rtn.solve(rest, bits=8, group=16), values, columns))
+
+
+def _corrected(weight: Tensor) -> StoredLinear:
+    base = rtn.solve(weight.float(), bits=4, group=16)
+    return pack(Corrected(base, LowRank(*_factors(weight))))
+
+
+@pytest.mark.parametrize("form", [_scaled, _lowrank, _rotated, _outlier, _corrected])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layers_of_several_parts(
     checkpoint: Checkpoints, form: Callable[[Tensor], StoredLinear], dtype: torch.dtype
@@ -191,7 +218,8 @@ def test_layers_of_several_parts(
     linears = {name: form(weight) for name, weight in _linears(weights).items()}
     rest = {k: v for k, v in weights.tensors.items() if not k.endswith("_proj.weight")}
     ours, theirs = both(build_model(VariantWeights(weights.config, rest, linears, weights.dtype)))
-    assert difference(ours, theirs) < (1e-4 if dtype is torch.float32 else 0.1)
+    # Inputs that are rounded to eight bits turn a last place into a step now and then.
+    assert difference(ours, theirs) < (0.01 if dtype is torch.float32 else 0.2)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from compressors.forms.rotated import hadamard
 from gateway.engine import native_step as native
 
 FOUND = native.operations()
@@ -91,6 +92,27 @@ def test_embed_and_scale() -> None:
     out.check(x.double() * by)
     run(native.Scale(x=x.data_ptr(), n=21, **out.fields), rows=4)
     out.check(x.double())
+
+
+def test_add_and_pick() -> None:
+    x, more, out = random(5, 21), random(5, 21), Both.of(5, 18)
+    wanted = x.double() + more
+    run(native.Add(x=x.data_ptr(), add=more.data_ptr(), n=21), rows=5, threads=2)
+    torch.testing.assert_close(x.double(), wanted)
+    columns = torch.randperm(21, generator=RANDOM)[:18].int()
+    args = native.Pick(x=x.data_ptr(), columns=columns.data_ptr(), k=21, n=18, **out.fields)
+    run(args, rows=5)
+    assert torch.equal(out.full, x[:, columns])
+    assert torch.equal(out.half, x[:, columns].bfloat16())
+
+
+@pytest.mark.parametrize(("n", "block"), [(6, 1), (12, 4), (40, 8), (48, 16), (96, 32), (256, 256)])
+def test_mix_is_the_hadamard_product(n: int, block: int) -> None:
+    x, signs, out = random(3, n), random(n).sign(), Both.of(3, n)
+    args = native.Mix(x=x.data_ptr(), signs=signs.data_ptr(), n=n, block=block, **out.fields)
+    run(args, rows=3)
+    pieces = (x.double() * signs).view(-1, block) @ hadamard(block, x.device).double()
+    out.check(pieces.view(3, n), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 12), (3, 1, 64), (2, 2, 34)])

@@ -19,6 +19,9 @@ OPERATION(rotate, Rotate)
 OPERATION(attend, Attend)
 OPERATION(gate, Gate)
 OPERATION(scale, Scale)
+OPERATION(add, Add)
+OPERATION(pick, Pick)
+OPERATION(mix, Mix)
 OPERATION(linear, Linear)
 
 EXPORT void pressgate_step(const Op* ops, int64_t count, const Step* step) {
@@ -36,4 +39,4 @@ EXPORT int pressgate_step_features() {  // 1: may be called; 2: products of bf16
 EXPORT int pressgate_step_features() { return 0; }
 #endif
 
-EXPORT int pressgate_step_abi() { return 1; }
+EXPORT int pressgate_step_abi() { return 2; }

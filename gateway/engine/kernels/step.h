@@ -86,6 +86,27 @@ struct Scale {  // x · by per column, or x in other forms
   int64_t n, kept;
 };
 
+struct Add {  // x += add
+  float* x;
+  const float* add;
+  int64_t n;
+};
+
+struct Pick {  // some columns of x
+  const float* x;          // [rows, k]
+  const int32_t* columns;  // [n]
+  Out out;                 // [rows, n]
+  int64_t k, n;
+};
+
+struct Mix {  // x · signs, then Sylvester's orthonormal matrix [block, block] on every block
+  const float* x;
+  const float* signs;  // [n]
+  float* full;         // [rows, n], always
+  uint16_t* half;      // or null
+  int64_t n, block;    // block: a power of two that divides n
+};
+
 }  // namespace
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -243,6 +264,64 @@ void scale(const Scale& a, const Step& s) {
         if (a.by) x = _mm512_mul_ps(x, _mm512_maskz_loadu_ps(keep, a.by + i));
         put(a.out, row * a.n + i, keep, x);
       }
+  });
+}
+
+void add(const Add& a, const Step& s) {
+  parallel(s.rows, a.n * ELEMENT, s.threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first * a.n; i < last * a.n; i += 16) {
+      __mmask16 keep = lanes(last * a.n - i);
+      __m512 x = _mm512_maskz_loadu_ps(keep, a.x + i);
+      store(a.x, i, false, keep, _mm512_add_ps(x, _mm512_maskz_loadu_ps(keep, a.add + i)));
+    }
+  });
+}
+
+void pick(const Pick& a, const Step& s) {
+  parallel(s.rows, a.n * ELEMENT, s.threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++)
+      for (int64_t i = 0; i < a.n; i += 16) {
+        __mmask16 keep = lanes(a.n - i);
+        __m512i at = _mm512_maskz_loadu_epi32(keep, a.columns + i);
+        __m512 zero = _mm512_setzero_ps();
+        put(a.out, row * a.n + i, keep, _mm512_mask_i32gather_ps(zero, keep, at, a.x + row * a.k, 4));
+      }
+  });
+}
+
+// Lane i becomes x[i] + x[i + size] or x[i - size] - x[i].
+INLINE __m512 butterfly(__m512 x, int size) {
+  alignas(64) static const int lane[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static const __mmask16 second[9] = {0, 0xaaaa, 0xcccc, 0, 0xf0f0, 0, 0, 0, 0xff00};
+  __m512i other = _mm512_xor_si512(_mm512_load_si512(lane), _mm512_set1_epi32(size));
+  __m512 y = _mm512_permutexvar_ps(other, x);
+  return _mm512_mask_sub_ps(_mm512_add_ps(y, x), second[size], y, x);
+}
+
+// The fast Walsh-Hadamard transform.
+void mix(const Mix& a, const Step& s) {
+  __m512 by = _mm512_set1_ps((float)(1.0 / std::sqrt((double)a.block)));
+  parallel(s.rows, a.n * ELEMENT, s.threads, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; row++) {
+      float* out = a.full + row * a.n;
+      for (int64_t i = 0; i < a.n; i += 16) {
+        __mmask16 keep = lanes(a.n - i);
+        __m512 x = _mm512_maskz_loadu_ps(keep, a.x + row * a.n + i);
+        x = _mm512_mul_ps(_mm512_mul_ps(x, _mm512_maskz_loadu_ps(keep, a.signs + i)), by);
+        for (int size = 1; size < 16 && size < a.block; size *= 2) x = butterfly(x, size);
+        _mm512_mask_storeu_ps(out + i, keep, x);
+      }
+      for (int64_t size = 16; size < a.block; size *= 2)
+        for (int64_t i = 0; i < a.n; i += 16) {
+          if (i & size) continue;
+          __m512 x = _mm512_loadu_ps(out + i), y = _mm512_loadu_ps(out + i + size);
+          _mm512_storeu_ps(out + i, _mm512_add_ps(x, y));
+          _mm512_storeu_ps(out + i + size, _mm512_sub_ps(x, y));
+        }
+      if (a.half)
+        for (int64_t i = 0; i < a.n; i += 16)
+          store(a.half, row * a.n + i, true, lanes(a.n - i), _mm512_maskz_loadu_ps(lanes(a.n - i), out + i));
+    }
   });
 }
 
