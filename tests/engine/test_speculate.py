@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ from compressors.pipeline import compress
 from compressors.recipe import Recipe
 from compressors.tensor import LinearForm, StoredLinear
 from gateway.config import BUILTIN
+from gateway.engine import drafters, speculate
 from gateway.engine.acceptance import distributions
 from gateway.engine.base import EngineError, SamplingParams, TokenEvent
 from gateway.engine.core import Core, Job
-from gateway.engine.drafters import LookupDrafter
+from gateway.engine.drafters import Draft, LookupDrafter
+from gateway.engine.host_acceptance import Shares
 from gateway.engine.kernels.store import pack
 from gateway.engine.payoff import Choice, Offer, Payoff
 from gateway.engine.runner import Model, VariantWeights, build_model, forward_logits
@@ -33,6 +36,8 @@ from .chi_square import chi_square_tail
 from .conftest import VOCAB, request, run, small_core, steps, text_of, tokens_of, weights_of
 
 Maker = Callable[[str], Path]
+_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _CUDA])]
 
 
 class Always(Payoff):
@@ -66,19 +71,20 @@ def speculating(core: Core, most: int = 3) -> Core:
 
 
 @cache
-def exact(folder: Path) -> Model:
+def exact(folder: Path, device: str = "cpu") -> Model:
     """The checkpoint's model; of one core at a time."""
-    return build_model(weights_of(folder))
+    return build_model(weights_of(folder), device=device)
 
 
 @cache
-def blurred(folder: Path, noise: float) -> Model:
+def blurred(folder: Path, noise: float, device: str = "cpu") -> Model:
     """The checkpoint's model with noise on its weights: agrees with it now and then, and counts
     as lighter."""
     weights = weights_of(folder)
     torch.manual_seed(5)
     tensors = {n: t + noise * t.std() * torch.randn_like(t) for n, t in weights.tensors.items()}
-    model = build_model(VariantWeights(weights.config, tensors, {}, weights.dtype))
+    blurry = VariantWeights(weights.config, tensors, {}, weights.dtype)
+    model = build_model(blurry, device=device)
     object.__setattr__(model, "resident_bytes", 1)
     return model
 
@@ -86,8 +92,9 @@ def blurred(folder: Path, noise: float) -> Model:
 def pair(folder: Path, tokenizer: Tokenizer, noise: float = 0.1, **options: Any) -> Core:
     """A core with a target `m@big` and a level `m@small` that drafts for it."""
     core = small_core(**{"speculate": "small", "max_num_seqs": 32} | options)
-    core.attach("m@big", exact(folder), tokenizer)
-    core.attach("m@small", blurred(folder, noise), tokenizer)
+    device = options.get("device", "cpu")
+    core.attach("m@big", exact(folder, device), tokenizer)
+    core.attach("m@small", blurred(folder, noise, device), tokenizer)
     return speculating(core)
 
 
@@ -137,8 +144,13 @@ def test_fewer_steps_are_taken(checkpoint: Maker, bytes_tokenizer: Tokenizer) ->
 
 @pytest.mark.parametrize("most", [1, 2, 5])
 @pytest.mark.parametrize("level", ["bf16", "int8"])
+@pytest.mark.parametrize("device", DEVICES)
 def test_an_int4_level_drafts_for_a_better_one_of_the_bundled_model(
-    level: str, most: int, bundled: Callable[[str], Model], builtin_tokenizer: Tokenizer
+    device: str,
+    level: str,
+    most: int,
+    bundled: Callable[[str, str], Model],
+    builtin_tokenizer: Tokenizer,
 ) -> None:
     texts = [
         "The function returns",
@@ -149,14 +161,13 @@ def test_an_int4_level_drafts_for_a_better_one_of_the_bundled_model(
         "The server listens on",
     ]
     asked = [request(builtin_tokenizer.encode(text), 24) for text in texts]
-    core = small_core(block_size=16, prefill_chunk=256, max_num_seqs=36, kv_bytes=32 << 20)
-    core.attach(f"m@{level}", bundled(level), builtin_tokenizer)
+    options = {"block_size": 16, "prefill_chunk": 256, "max_num_seqs": 36, "kv_bytes": 32 << 20}
+    core = small_core(**options, device=device)
+    core.attach(f"m@{level}", bundled(level, device), builtin_tokenizer)
     plain = run(core, [Job(f"m@{level}", item, builtin_tokenizer) for item in asked])
-    core = small_core(
-        block_size=16, prefill_chunk=256, max_num_seqs=36, kv_bytes=32 << 20, speculate="auto"
-    )
-    core.attach(f"m@{level}", bundled(level), builtin_tokenizer)
-    core.attach("m@int4", bundled("int4"), builtin_tokenizer)
+    core = small_core(**options, device=device, speculate="auto")
+    core.attach(f"m@{level}", bundled(level, device), builtin_tokenizer)
+    core.attach("m@int4", bundled("int4", device), builtin_tokenizer)
     speculator = core._variants[f"m@{level}"].speculator
     assert speculator is not None
     speculator.drafters = [d for d in speculator.drafters if d.name == "int4"]
@@ -168,7 +179,7 @@ def test_an_int4_level_drafts_for_a_better_one_of_the_bundled_model(
             assert text_of(mine) == text_of(theirs)
             same += 1
         else:
-            assert_tie(bundled(level), item.prompt, tokens_of(mine), tokens_of(theirs))
+            assert_tie(bundled(level, device), item.prompt, tokens_of(mine), tokens_of(theirs))
     assert same >= len(asked) - 1
     stats = core.stats(f"m@{level}")
     assert stats.accepted_tokens > stats.drafted_tokens / 2
@@ -185,9 +196,9 @@ def assert_tie(model: Model, prompt: Sequence[int], mine: list[int], theirs: lis
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Callable[[str], Model]:
-    """level → the bundled model at it, made in memory."""
-    made: dict[str, Model] = {}
+def bundled() -> Callable[[str, str], Model]:
+    """level, device → the bundled model at it, made in memory."""
+    made: dict[tuple[str, str], Model] = {}
 
     class Memory:
         def __init__(self) -> None:
@@ -203,8 +214,8 @@ def bundled() -> Callable[[str], Model]:
         def linear(self, module: str, form: LinearForm) -> None:
             self.linears[module] = pack(form)
 
-    def make(level: str) -> Model:
-        if level not in made:
+    def make(level: str, device: str) -> Model:
+        if (level, device) not in made:
             checkpoint = Checkpoint(BUILTIN)
             if level == "bf16":
                 weights = dense_weights(checkpoint, torch.bfloat16)
@@ -215,18 +226,20 @@ def bundled() -> Callable[[str], Model]:
                 weights = VariantWeights(
                     memory.settings, memory.parts, memory.linears, torch.bfloat16
                 )
-            made[level] = build_model(weights)
-        return made[level]
+            made[level, device] = build_model(weights, device=device)
+        return made[level, device]
 
     return make
 
 
-def test_sampled_pairs_of_tokens_are_distributed_as_the_targets(
-    checkpoint: Maker, bytes_tokenizer: Tokenizer
+@pytest.mark.parametrize("device", DEVICES)
+def test_sampled_runs_of_tokens_are_distributed_as_the_targets(
+    device: str, checkpoint: Maker, bytes_tokenizer: Tokenizer
 ) -> None:
-    folder, count, prompt = checkpoint("llama"), 3000, [9, 40, 41]
+    folder, count, prompt = checkpoint("llama"), 2000, [9, 40, 41]
     sampling = {"temperature": 1.3, "top_k": 4, "top_p": 0.95}
-    core = speculating(pair(folder, bytes_tokenizer, noise=0.3, max_num_seqs=48), most=2)
+    core = pair(folder, bytes_tokenizer, noise=0.3, max_num_seqs=48, device=device)
+    speculating(core, most=2)
     jobs = jobs_of([request(prompt, 3, **sampling)] * count, bytes_tokenizer)
     for index, job in enumerate(jobs):
         job.row._seeded().manual_seed(index)
@@ -241,6 +254,28 @@ def test_sampled_pairs_of_tokens_are_distributed_as_the_targets(
     assert chi_square_tail(observed, list(expected.values())) > 1e-4
     shares = list(expected.values())
     assert chi_square_tail(observed, [*shares[1:], shares[0]]) < 1e-9  # it would notice
+
+
+def test_devices_judge_as_the_host_does() -> None:
+    """Both ways draw and keep the same tokens by the same numbers."""
+    params = SamplingParams(4, temperature=0.9, top_p=0.9)
+    generator = torch.Generator().manual_seed(3)
+    kept = 0
+    for seed in range(60):
+        first, second = (RowState(replace(params, seed=seed), []) for _ in range(2))
+        drafts = torch.randn(1, 50, generator=generator)
+        shares: list[Shares] = []
+        (token,) = drafters._next_on_host(drafts, [first], [shares])
+        (same,), probs = drafters._next(drafts, [second])
+        assert token == same
+        assert probs is not None
+        logits = drafts + 0.7 * torch.randn(2, 50, generator=generator)
+        given = [range(2)], [first], Draft([[token]], [shares]), [0]
+        host = speculate._judged_on_host(logits, *given)
+        given = [range(2)], [second], Draft([[token]], probs[None]), [0]
+        assert speculate._judged(logits, *given) == host
+        kept += len(host[0]) - 1
+    assert 10 < kept < 60
 
 
 def joint(model: Model, prompt: list[int], params: SamplingParams) -> dict[tuple[int, ...], float]:

@@ -9,6 +9,7 @@ import torch
 
 from compressors.checkpoint import Checkpoint
 from gateway.app import open_backends
+from gateway.commands.options import settings_of
 from gateway.config import Engine, Settings
 from gateway.engine.local import LocalOptions, LocalRuntime
 from gateway.engine.tokenizer import load_tokenizer
@@ -73,6 +74,12 @@ async def test_a_build_is_told_who_may_draft(
             assert await backend._drafters("int8") == (
                 (("lookup", ""),) if mode == "auto" else None
             )
+
+
+def test_the_flag_of_serve_is_the_setting() -> None:
+    assert settings_of(None).engine.speculate == "auto"
+    settings = settings_of(None, speculate="lookup")
+    assert settings.engine == Engine(speculate="lookup")
 
 
 async def test_an_unknown_draft_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:
