@@ -1,8 +1,8 @@
 """A decoder's linears: those that read the same rows as one product, one row by kernels of ours.
 
 Dense weights that can lie together are moved into one tensor of which the modules keep views, so
-nothing is doubled and whoever else runs the modules computes the same. Compressed linears are
-called as they are.
+nothing is doubled and whoever else runs the modules computes the same. Compressed linears of one
+format likewise (`kernels.joined`); others are called as they are.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from gateway.engine.cuda.kernels import gated
 from gateway.engine.cuda.matvec import gated_matvec, matvec
 from gateway.engine.decoder import GatedMlp
+from gateway.engine.kernels.joined import join
+from gateway.engine.kernels.scheme import KernelLinear
 
 
 class Single:
@@ -41,14 +43,20 @@ class Joined:
         self._sizes: list[int] = []
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
+        self._whole: KernelLinear | None = None
         linears = [module for module in modules if type(module) is nn.Linear]
         if len(linears) == len(self._modules) and _alike(linears):
             self.weight = _together(linears)
             self._sizes = [linear.out_features for linear in linears]
             if linears[0].bias is not None:
                 self.bias = torch.cat([linear.bias.detach() for linear in linears])
+        elif not linears:
+            self._whole = join(self._modules)
+            self._sizes = [int(getattr(module, "out_features", 0)) for module in self._modules]
 
     def __call__(self, x: Tensor) -> Sequence[Tensor]:
+        if self._whole is not None:
+            return torch.split(self._whole(x), self._sizes, -1)
         if self.weight is None:
             return [module(x) for module in self._modules]
         product = matvec if x.shape[0] == 1 else F.linear

@@ -86,6 +86,11 @@ def bytes_tiling(n: int, k: int, rows: int) -> Tiling | None:
     return Tiling(warps, wanted.chunk, wanted.blocks, wanted.tokens, False)
 
 
+def is_large(n: int) -> bool:
+    """Whether a layer of n rows fills the device several times over."""
+    return _size(n) == 2
+
+
 def _size(n: int) -> int:
     tiles = -(-n // 32)
     return 0 if tiles <= _SMALL else 1 if tiles <= _MIDDLE else 2
@@ -106,12 +111,12 @@ def _warps(wanted: int, chunks: int) -> int:
 _FOUR: dict[int, tuple[Tiling, Tiling, Tiling]] = {
     1: (Tiling(16, 128, 1, 1, True), Tiling(8, 128, 1, 1, True), Tiling(4, 128, 1, 1, True)),
     2: (Tiling(16, 64, 1, 2, True), Tiling(8, 128, 1, 2, False), Tiling(4, 128, 1, 2, False)),
-    4: (Tiling(16, 32, 1, 4, False), Tiling(8, 64, 2, 4, False), Tiling(4, 64, 2, 4, False)),
+    4: (Tiling(8, 128, 1, 4, False), Tiling(8, 64, 2, 4, False), Tiling(4, 64, 2, 4, False)),
 }
 _EIGHT: dict[int, tuple[Tiling, Tiling, Tiling]] = {
-    1: (Tiling(16, 64, 1, 1, True), Tiling(8, 64, 1, 1, True), Tiling(4, 32, 1, 1, True)),
-    2: (Tiling(8, 64, 1, 2, False), Tiling(8, 64, 1, 2, False), Tiling(8, 64, 1, 2, False)),
-    4: (Tiling(8, 32, 1, 4, False), Tiling(8, 32, 1, 4, False), Tiling(4, 64, 1, 4, False)),
+    1: (Tiling(16, 64, 1, 1, True), Tiling(8, 64, 1, 1, True), Tiling(4, 64, 1, 1, False)),
+    2: (Tiling(16, 64, 1, 2, False), Tiling(8, 64, 1, 2, False), Tiling(8, 64, 1, 2, False)),
+    4: (Tiling(8, 128, 1, 4, False), Tiling(4, 128, 1, 4, False), Tiling(4, 128, 1, 4, False)),
 }
 _BYTES: dict[int, tuple[Tiling, Tiling, Tiling]] = {
     1: (Tiling(16, 128, 2, 1, False), Tiling(8, 256, 1, 1, False), Tiling(4, 128, 2, 1, False)),

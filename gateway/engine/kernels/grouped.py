@@ -293,7 +293,7 @@ class GroupedLinear(KernelLinear):
         zeros = None if self.zeros is None else self.zeros[blocks]
         grouped = codes.view(codes.shape[0], -1, self.width).float()
         grouped -= _by_row(_zeros(zeros, self.bits, scales), codes.shape[0]).unsqueeze(-1)
-        scale = torch.ldexp(scales.float(), torch.tensor(self.exponent))
+        scale = scales.float() * 2.0**self.exponent
         grouped *= _by_row(scale, codes.shape[0]).unsqueeze(-1)
         weight = grouped.flatten(1)
         place = self.place

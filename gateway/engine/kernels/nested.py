@@ -78,6 +78,9 @@ class NestedLinear(KernelLinear):
         self._call = self.bind()
 
     def bind(self) -> NativeCall | None:
+        if self.low.scales is not self.child.scales:  # a move to a device makes two of one
+            self.low.scales, self.low.columns = self.child.scales, self.child.columns
+            self.low._call = self.low.bind()
         columns = self.child.columns
         self._packed = packed_call(self.packed(), columns, self.in_features, self.bias)
         dll = library(Feature.INT8 | Feature.NESTED)

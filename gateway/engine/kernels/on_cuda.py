@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gateway.engine.kernels.codes import Codes, bytes_tiling, packed_tiling
+from gateway.engine.kernels.codes import Codes, bytes_tiling, is_large, packed_tiling
 from gateway.engine.kernels.native import fused
 
 _SCRATCH = 256 << 20  # bytes of dense weight at a time
 _HOPPER = 9
-# Measured: beyond so many tokens a dense copy of the weight pays.
-MAX_ROWS = 128
+# Measured: beyond so many tokens a dense copy of the weight pays; by planes of the codes.
+MAX_ROWS = {1: 96, 2: 48, 3: 48}
 
 
 class PackedCall:
@@ -46,14 +46,16 @@ class PackedCall:
         """[..., N] of x bf16 [..., K]."""
         codes = self._codes
         rows = x.reshape(-1, self._k).contiguous()
-        few = len(rows) <= MAX_ROWS
+        few = len(rows) <= MAX_ROWS[len(codes.planes)]
         tiling = packed_tiling(codes, len(rows)) if few else None
         if tiling is None:
             out = self._dense_product(rows)
         else:
             if self._columns is not None:
                 rows = self._wide.take(rows, self._columns)
-            early = self._early and len(rows) == 1
+            # Between large layers of bytes it costs more than it gives.
+            large = 8 in codes.widths and is_large(codes.n)
+            early = self._early and len(rows) == 1 and not large
             out = self._thin.product(rows, codes, self._bias, tiling, early=early)
         return out.view(*x.shape[:-1], codes.n)
 
@@ -78,7 +80,7 @@ class PackedCall:
 
     def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows `index` (int64 [M], each below N), [M, K] in `dtype`."""
-        out: Tensor = self._wide.expand(self._codes, self._columns, self._k, dtype, index=index)
+        out: Tensor = self._wide.look_up(self._codes, self._columns, self._k, dtype, index)
         return out
 
 
@@ -115,7 +117,6 @@ def few_bytes(
         bias=bias,
         dtype=x.dtype,
         tiling=tiling,
-        early=alone and starts_early(x.device),
     )
     return out
 

@@ -73,8 +73,8 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(mask: Tensor) -> Tensor:
     """uint8 [rows, Kp/8] → bool [rows, Kp]: which columns are kept."""
-    bits = torch.tensor(_BITS, dtype=torch.uint8, device=mask.device)
-    return (mask.unsqueeze(-1) & bits).ne(0).flatten(1)
+    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (mask.unsqueeze(-1) >> places & 1).ne(0).flatten(1)
 
 
 class BitmapLinear(KernelLinear):
@@ -126,6 +126,9 @@ class BitmapLinear(KernelLinear):
             return self._call.expand(start, stop)
         keep = unpack_mask(self.mask[start:stop])[:, : self.in_features]
         values = self.values.dense_rows(start, stop, dtype)[:, : self.kept]
+        if keep.is_cuda:  # a masked scatter waits for the device
+            rank = keep.cumsum(1).sub_(1).clamp_(min=0)
+            return values.gather(1, rank).mul_(keep)
         out = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
         return out.masked_scatter_(keep, values)
 

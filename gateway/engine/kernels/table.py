@@ -89,7 +89,7 @@ def look_up(table: GroupedLinear, index: Tensor) -> Tensor:
     else:
         offset = 0 if zeros.dtype == torch.uint8 else middle
         out -= (zeros[block, :, lane].float() + offset).unsqueeze(-1)
-    out *= torch.ldexp(scales, torch.tensor(table.exponent)).unsqueeze(-1)
+    out *= (scales * 2.0**table.exponent).unsqueeze(-1)
     weight = out.flatten(1)
     place = table.place
     return weight[:, : table.in_features] if place is None else weight[:, place]

@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda
 
 from gateway.engine.kernels.codes import Tiling
 from gateway.engine.kernels.triton_tiles import across
@@ -118,15 +117,11 @@ def _thin(  # noqa: PLR0917
     NB: tl.constexpr,
     MB: tl.constexpr,
     EXACT: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     R: tl.constexpr = C // 64
     LEVELS: tl.constexpr = 448.0 if FLOAT else 127.0
     first = tl.program_id(0) * (MB * 8)
     row0 = tl.program_id(1) * (NB * 16)
-    if EARLY:
-        cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
     step = 1.0
     inverse = 1.0
     if ROUND:
@@ -170,7 +165,6 @@ def product(
     bias: Tensor | None,
     dtype: torch.dtype,
     tiling: Tiling,
-    early: bool = False,
 ) -> Tensor:
     """[M, N] in `dtype`: codes x [M, K] with their `steps` float32 [M, 1] times the weight.
 
@@ -201,9 +195,7 @@ def product(
         NB=tiling.blocks,
         MB=tiling.tokens,
         EXACT=not k % (tiling.chunk * tiling.warps),
-        EARLY=early,
         num_warps=tiling.warps,
         num_stages=1,
-        launch_pdl=early,
     )
     return out

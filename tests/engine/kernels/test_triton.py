@@ -7,6 +7,7 @@ Triton is installed and TRITON_INTERPRET=1.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from compressors.tensor import Grouped, LinearForm
 from gateway.engine.kernels import float8, int8
 from gateway.engine.kernels.codes import packed_tiling
 from gateway.engine.kernels.grouped import GroupedLinear
+from gateway.engine.kernels.joined import join
 from gateway.engine.kernels.linear import make_linear
 from gateway.engine.kernels.nested import NestedLinear
 from gateway.engine.kernels.on_cuda import PackedCall, few_bytes
@@ -220,3 +222,53 @@ def test_memory_and_moves() -> None:
     back = unpack(stored)
     assert isinstance(back, Grouped)
     torch.testing.assert_close(layer.dense_rows(0, 64, torch.float32), back.dense())
+
+
+@pytest.mark.gpu
+@_no_device
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("kind", ["int3", "int4-sym", "nested", "w8a8", "fp8", "scaled-int4"])
+def test_layers_of_one_input_are_one(kind: str, biased: bool) -> None:
+    """Joined, they give what they gave alone, before and after, and hold each byte once."""
+    forms = [every(n, 128)[kind] for n in (48, 16, 32)]
+    if kind == "scaled-int4":
+        forms = [replace(form, scale=forms[0].scale) for form in forms]
+    if kind == "int4-sym":  # the exponents of the scales differ
+        forms[1] = replace(forms[1], scales=forms[1].scales * 64)
+    layers = []
+    for form in forms:
+        bias = torch.randn(form.shape[0]).bfloat16() if biased else None
+        layers.append(make_linear(pack(form), bias, dtype=torch.bfloat16).to("cuda"))
+    x = torch.randn(5, 128).bfloat16().cuda()
+    alone = torch.cat([layer(x) for layer in layers], -1)
+    whole = join(layers)
+    assert whole is not None
+    assert whole.out_features == 96
+    for rows in (1, 5):
+        torch.testing.assert_close(whole(x[:rows]), alone[:rows], rtol=1e-2, atol=1e-2)
+        after = torch.cat([layer(x[:rows]) for layer in layers], -1)
+        torch.testing.assert_close(after, alone[:rows], rtol=1e-2, atol=1e-2)
+    held = {t.untyped_storage().data_ptr() for t in whole.buffers()}
+    own = {t.untyped_storage().data_ptr() for layer in layers for t in layer.buffers()}
+    per_column = {"inputs", "scale"}
+    shared = {
+        t.untyped_storage().data_ptr()
+        for layer in layers
+        for name, t in layer.named_buffers()
+        if name.rpartition(".")[2] in per_column
+    }
+    assert own - shared <= held
+
+
+@pytest.mark.gpu
+@_no_device
+def test_layers_that_differ_are_not_joined() -> None:
+    def moved(form: LinearForm) -> KernelLinear:
+        return make_linear(pack(form), None, dtype=torch.bfloat16).to("cuda")
+
+    four, eight = moved(grouped((32, 128))), moved(grouped((32, 128), bits=8))
+    assert join([four, eight]) is None
+    assert join([four, moved(grouped((20, 128)))]) is None
+    assert join([four, moved(grouped((32, 256)))]) is None
+    ordered = [moved(grouped((32, 128), group=32, perm=True)) for _ in range(2)]
+    assert join(ordered) is None
