@@ -26,7 +26,10 @@ def library(name: str, headers: tuple[str, ...]) -> Extension:
 
 setup(
     ext_modules=[
-        library("native", ("common", "gemm_int8", "grouped", "int8", "bf16", "float8", "kv")),
+        library(
+            "native",
+            ("common", "dots", "gemm_int8", "grouped", "int8", "bf16", "float8", "kv"),
+        ),
         library("step", ("common", "step", "attend", "flash")),
     ]
 )

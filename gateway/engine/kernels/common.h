@@ -27,14 +27,16 @@ struct Grouped {  // layout vnni16; see grouped.py
   float scale, zero;
 };
 
-struct Dense {  // row-major bf16, or kept values and bitmap of a sparse weight; see sparse.py
-  const uint16_t* weight;  // [n, stride]; null when the values are codes
+enum Format { BF16_ROWS = 0, FLOAT32_ROWS = 1, FLOAT16_ROWS = 2 };
+
+struct Dense {  // row-major floats, or kept values and bitmap of a sparse weight; see sparse.py
+  const uint16_t* weight;  // [n, stride] in `format`; null when the values are codes
   const Grouped* codes;    // [n, kept] or null
   const void* mask;        // uint32 [n, ceil(k / 32)] or null
   const float* bias;       // [n] or null
   int64_t n, k, stride;
-  int64_t pitch;           // outputs per activation row: n of the whole layer
   int64_t ragged;          // 0 when the bitmap keeps 16 of every 32 columns
+  int64_t format;          // of dense rows; sparse values are bf16
 };
 
 template <class T>  // an element of a mapped tensor, which may lie at any address

@@ -20,8 +20,6 @@ from gateway.engine.kernels.scheme import (
     product,
 )
 
-# Measured: up to here the native product beats oneDNN's; beyond, oneDNN's blocking pays.
-MAX_ROWS = 24
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -50,10 +48,10 @@ class DenseLinear(KernelLinear):
         self._call = self.bind()
 
     def bind(self) -> NativeCall | None:
-        dll = library(Feature.BF16)
-        if dll is None or not self.weight.is_cpu or self.weight.dtype != torch.bfloat16:
+        dll = library(Feature.BF16 if self.weight.dtype == torch.bfloat16 else Feature.INT8)
+        if dll is None or not self.weight.is_cpu:
             return None
-        return dense_call(dll, self.weight, self.bias, max_rows=MAX_ROWS)
+        return dense_call(dll, self.weight, self.bias)
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         return self.weight[start:stop].to(dtype)

@@ -1,7 +1,7 @@
 // E4M3 weights: widened to bf16 a block of rows at a time, in scratch that stays in the cache.
 #pragma once
-#include "bf16.h"
 #include "common.h"
+#include "dots.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma,avx512bf16,avx512vbmi2")
@@ -35,22 +35,32 @@ void widen(const Float8& w, int64_t first, int64_t last, uint16_t* out) {
   }
 }
 
-// x [rows, k] in bf16; out [rows, n] in bf16 or float32.
-void float8_linear(const Float8& w, const uint16_t* x, char* out, int64_t rows, bool bf16,
-                   int64_t threads) {
-  int64_t blocks = (w.n + BLOCK - 1) / BLOCK;
-  parallel(blocks, BLOCK * w.k * (rows + 2) * 2, threads, [&](int64_t a, int64_t b) {
+struct Float8Rows {
+  using Element = Bf16;
+  static constexpr bool MAPPED = false;
+  const Float8& w;
+  char* out;
+  bool bf16;
+
+  Strip strip(int64_t block) const {
     thread_local std::vector<uint16_t> scratch;
     if ((int64_t)scratch.size() < BLOCK * w.k) scratch.resize(BLOCK * w.k);
-    for (int64_t block = a; block < b; block++) {
-      int64_t first = block * BLOCK, last = first + BLOCK < w.n ? first + BLOCK : w.n;
-      widen(w, first, last, scratch.data());
-      const float* bias = w.bias ? w.bias + first : nullptr;
-      Dense part{scratch.data(), nullptr, nullptr, bias, last - first, w.k, w.k, w.n};
-      for (int64_t n = 0; n < part.n; n += QUAD)
-        rows_of(part, n, x, rows, out + first * (bf16 ? 2 : 4), bf16);
-    }
-  });
+    int64_t first = block * BLOCK, last = first + BLOCK < w.n ? first + BLOCK : w.n;
+    widen(w, first, last, scratch.data());
+    return {(const char*)scratch.data(), w.k * 2, last - first, 0, 0};
+  }
+
+  void finish(int64_t block, int64_t row, int64_t count, const int32_t* sums) const {
+    int64_t first = block * BLOCK, size = bf16 ? 2 : 4;
+    put_sums(sums, count, w.bias ? w.bias + first : nullptr, lanes(w.n - first),
+             out + (row * w.n + first) * size, w.n, bf16);
+  }
+};
+
+// x [rows, k] in bf16; out [rows, n] in bf16 or float32.
+void float8_linear(const Float8& w, const char* x, char* out, int64_t rows, bool bf16,
+                   int64_t threads) {
+  times(Float8Rows{w, out, bf16}, w.n, {x, w.k * 2, w.k}, rows, threads);
 }
 
 // Rows start..stop of the weight in bf16, [stop - start, k].

@@ -18,8 +18,6 @@ LARGEST = 448.0
 _TINY = 1e-30
 _ALIGN = 16  # of rows and columns, for the GPU's FP8 product
 _FP8_CAPABILITY = (8, 9)
-# Measured: beyond, widening the weight piece by piece for oneDNN's bf16 product is faster.
-MAX_ROWS = 24
 # Measured on an H200: beyond, cuBLAS's FP8 product is as fast as the kernel of few rows.
 _CUDA_ROWS = 16
 
@@ -67,7 +65,7 @@ class Float8Linear(KernelLinear):
             k=self.in_features,
         )
         keep = (self.codes, self.scales, bias)
-        return NativeCall(dll, "pressgate_float8", struct, keep, max_rows=MAX_ROWS, bf16_input=True)
+        return NativeCall(dll, "pressgate_float8", struct, keep, bf16_input=True)
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         if self._call is not None and dtype == torch.bfloat16:

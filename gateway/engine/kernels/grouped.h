@@ -129,7 +129,7 @@ INLINE void multiply(const uint8_t* const (&planes)[B][3], int64_t c, const int8
 // What the blocks' next columns are read from; past their end, the first of the blocks after them.
 template <int BITS, int B>
 INLINE void prefetch(const Grouped& w, const uint8_t* const (&planes)[B][3], int64_t c) {
-  constexpr int AHEAD = 2048, WIDE = 2 * widest(BITS);
+  constexpr int AHEAD = 8192 / B, WIDE = 2 * widest(BITS);
   int64_t whole = w.groups * w.width * WIDE, at = c * WIDE + AHEAD;
   if (B > 1 && at >= whole) at += whole;
 #pragma GCC unroll 2
@@ -177,7 +177,8 @@ void tile(const Grouped& w, int64_t block, const Lot& x, void* out, int64_t rows
         __m512 scale = scales_of(w, index), zero = zero_points_of<BITS>(w, index);
 #pragma GCC unroll 16
         for (int m = 0; m < MT; m++) {
-          for (int i = 1; i < CHAINS; i++) acc[0][b][m] = _mm512_add_epi32(acc[0][b][m], acc[i][b][m]);
+          for (int i = 1; i < CHAINS; i++)
+            acc[0][b][m] = _mm512_add_epi32(acc[0][b][m], acc[i][b][m]);
           __m512 sum = _mm512_set1_ps(x.sums[part * MT + m]);
           __m512 dot = _mm512_fnmadd_ps(zero, sum, _mm512_cvtepi32_ps(acc[0][b][m]));
           __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x.scales[part * MT + m]));

@@ -90,7 +90,7 @@ class Int8Linear(KernelLinear):
             k=self.in_features,
         )
         keep = (self.codes, self.scales, self.sums, self.inputs, bias)
-        return NativeCall(dll, "pressgate_int8", struct, keep, max_rows=1 << 30, bf16_input=False)
+        return NativeCall(dll, "pressgate_int8", struct, keep, bf16_input=False)
 
     def dense_rows(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         exact = torch.promote_types(dtype, torch.float32)

@@ -36,7 +36,7 @@ EXPORT void pressgate_grouped(const Grouped* w, const void* x, void* out, int64_
 
 EXPORT void pressgate_dense(const Dense* w, const void* x, void* out, int64_t rows, int bf16,
                             int64_t threads) {
-  dense(*w, (const uint16_t*)x, (char*)out, rows, bf16 != 0, threads);
+  dense(*w, (const char*)x, (char*)out, rows, bf16 != 0, threads);
 }
 
 EXPORT void pressgate_int8(const Int8* w, const void* x, void* out, int64_t rows, int bf16,
@@ -46,7 +46,7 @@ EXPORT void pressgate_int8(const Int8* w, const void* x, void* out, int64_t rows
 
 EXPORT void pressgate_float8(const Float8* w, const void* x, void* out, int64_t rows, int bf16,
                              int64_t threads) {
-  float8_linear(*w, (const uint16_t*)x, (char*)out, rows, bf16 != 0, threads);
+  float8_linear(*w, (const char*)x, (char*)out, rows, bf16 != 0, threads);
 }
 
 EXPORT void pressgate_float8_expand(const Float8* w, int64_t start, int64_t stop, void* out,
@@ -66,4 +66,4 @@ EXPORT void pressgate_expand(const Dense* w, int64_t start, int64_t stop, void* 
 EXPORT int pressgate_features() { return 0; }
 #endif
 
-EXPORT int pressgate_abi() { return 5; }
+EXPORT int pressgate_abi() { return 6; }

@@ -24,7 +24,10 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-ABI = 5
+ABI = 6
+
+UNLIMITED = 1 << 30  # rows
+FORMATS = {torch.bfloat16: 0, torch.float32: 1, torch.float16: 2}  # `Format` of native.cpp
 
 
 class Feature(IntFlag):
@@ -94,8 +97,8 @@ class DenseStruct(ctypes.Structure):
         ("n", ctypes.c_int64),
         ("k", ctypes.c_int64),
         ("stride", ctypes.c_int64),
-        ("pitch", ctypes.c_int64),
         ("ragged", ctypes.c_int64),
+        ("format", ctypes.c_int64),
     )
 
 
@@ -168,8 +171,8 @@ class NativeCall:
         struct: GroupedStruct | Int8Struct | Float8Struct | DenseStruct,
         keep: tuple[object, ...],
         *,
-        max_rows: int,
         bf16_input: bool,
+        max_rows: int = UNLIMITED,
     ) -> None:
         self._function, self._keep = getattr(dll, entry), (struct, keep)
         own = isinstance(struct, Float8Struct)
@@ -214,15 +217,21 @@ class NativeCall:
         return out
 
 
-def dense_call(
-    dll: ctypes.CDLL, weight: Tensor, bias: Tensor | None, *, max_rows: int
-) -> NativeCall:
-    """bf16 weights, row-major [N, K]."""
+def dense_call(dll: ctypes.CDLL, weight: Tensor, bias: Tensor | None) -> NativeCall:
+    """Weights in bf16, fp16 or float32, row-major [N, K]."""
     n, k = weight.shape
     bias = None if bias is None else bias.float()
-    struct = DenseStruct(weight=weight.data_ptr(), bias=_address(bias), n=n, k=k, stride=k, pitch=n)
+    struct = DenseStruct(
+        weight=weight.data_ptr(),
+        bias=_address(bias),
+        n=n,
+        k=k,
+        stride=k,
+        format=FORMATS[weight.dtype],
+    )
     keep = (weight, bias)
-    return NativeCall(dll, "pressgate_dense", struct, keep, max_rows=max_rows, bf16_input=True)
+    rounds = weight.dtype == torch.bfloat16
+    return NativeCall(dll, "pressgate_dense", struct, keep, bf16_input=rounds)
 
 
 def sparse_call(
@@ -243,9 +252,7 @@ def sparse_call(
     """
     n = mask.shape[0]
     bias = None if bias is None else bias.float()
-    struct = DenseStruct(
-        mask=mask.data_ptr(), bias=_address(bias), n=n, k=k, pitch=n, ragged=ragged
-    )
+    struct = DenseStruct(mask=mask.data_ptr(), bias=_address(bias), n=n, k=k, ragged=ragged)
     if isinstance(values, NativeCall):
         struct.codes = values.address
     else:

@@ -9,7 +9,7 @@ from torch import Tensor
 from compressors.tensor import Grouped, LinearForm
 from gateway.engine.kernels.linear import make_linear
 from gateway.engine.kernels.store import pack, unpack
-from tests.engine.kernels.forms import every, grouped, nested
+from tests.engine.kernels.forms import dense, every, grouped
 
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 17, 19, 20, 24, 31, 40, 70)
 PART = 128  # inputs that share one step, at most
@@ -18,9 +18,10 @@ FLOATS = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=[
 
 def batched() -> dict[str, LinearForm]:
     """Kinds whose native kernels sum in one order for every number of rows."""
-    forms = {kind: form for kind, form in every(49, 100).items() if kind.startswith("int")}
-    forms["nested"] = nested((49, 100))
-    return forms
+    plain = ("int", "nested", "bf16", "fp16", "fp32", "fp8", "w8a8")
+    kinds = [kind for kind in every() if kind.startswith(plain) and kind != "w8a8-outlier"]
+    every_kind = every(49, 100)
+    return {kind: every_kind[kind] for kind in kinds}
 
 
 @FLOATS
@@ -80,3 +81,18 @@ def test_a_wide_layer_takes_its_rows_in_pieces(backend: str) -> None:
     torch.testing.assert_close(
         layer(x), torch.cat([layer(row[None]) for row in x]), rtol=1e-4, atol=1e-2
     )
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 33), (16, 96), (31, 1600), (40, 5000)])
+def test_dot_products_of_floats(backend: str, n: int, k: int, kind: torch.dtype) -> None:
+    """Rows of any width, in pieces where they are wide; inputs rounded for bf16 weights only."""
+    form = dense((n, k), kind)
+    layer = make_linear(pack(form), torch.randn(n), dtype=torch.float32)
+    assert layer.bias is not None
+    for rows in (1, 2, 5, 6, 7, 16, 24, 25, 70):
+        x = torch.randn(rows, k).bfloat16().float()
+        wanted = x.double() @ form.weight.double().T + layer.bias.double()
+        slack = 1e-5 if kind == torch.float32 or backend == "native" else 1e-2
+        size = float((x.double().square() @ form.weight.double().square().T).sqrt().max())
+        assert float((layer(x).double() - wanted).abs().max()) <= slack * (size + 1)
