@@ -6,6 +6,8 @@ skipped, and the table says so. Exit status: 1 when our own side gave no number,
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -167,6 +169,8 @@ def deliver(
     """Measure, then print the tables and write them where the flags say."""
     opt.check_writable(json_out, "--json")
     opt.check_writable(markdown_out, "--markdown")
+    # A plain end, so that the servers and workers that were started are ended too.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     started = time.time()
     try:
         found = measured()

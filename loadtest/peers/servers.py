@@ -71,7 +71,7 @@ class Server:
             stdout=self._log,
             stderr=subprocess.STDOUT,
             env=os.environ | dict(spec.environment),
-            start_new_session=True,
+            process_group=0,  # its own group to end, in our session: scheduled as we are
         )
         self._wait(spec.ready)
 
