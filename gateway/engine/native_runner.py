@@ -22,7 +22,6 @@ from gateway.engine.runner import Model, Runner
 from gateway.engine.scheduler import Chunk
 from gateway.engine.scheduler import Sequence as Tokens
 
-_MARGIN = 64  # rows that buffers grow by at least
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
@@ -88,7 +87,7 @@ class NativeRunner:
         """
         rows = sum(chunk.length for chunk in chunks)
         if rows > self._inputs.rows:
-            self._prepare(max(rows, self._inputs.rows + _MARGIN))
+            self._prepare(max(rows, 2 * self._inputs.rows))
         if self._eager is not None:
             self._eager.stage_chunks(chunks)
         inputs, begin, outputs = self._inputs, 0, 0
