@@ -20,8 +20,9 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from compressors.apply import compress_linear
+from compressors.quantize.embed import solve
 from compressors.recipe import Recipe
-from compressors.tensor import StoredLinear
+from compressors.tensor import LinearForm, StoredLinear
 from gateway.engine.base import GenerationRequest, SamplingParams
 from gateway.engine.core import Core, LocalOptions
 from gateway.engine.job import Job
@@ -37,6 +38,7 @@ _STREAMS = 64
 _CHUNK = 2048
 _STD = 0.02
 _DTYPE = torch.bfloat16
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 class Pace:
@@ -124,16 +126,22 @@ class Pace:
         """Linears of one shape are one packed weight, copied to the device for each: the time of
         a step does not depend on the values."""
         recipe = Recipe.parse(level)
+        embed = recipe.step("embed")
+        steps = tuple(step for step in recipe.steps if step is not embed)
         tensors: dict[str, Tensor] = {}
         linears: dict[str, StoredLinear] = {}
         made: dict[tuple[int, ...], StoredLinear] = {}
         for name, shape in self._shapes.items():
-            if not recipe.steps or not name.endswith("_proj.weight"):
+            table = embed is not None and name in _TABLES
+            if not table and not (steps and name.endswith("_proj.weight")):
                 tensors[name] = self._random(shape)
                 continue
             if shape not in made:
                 weight = self._random(shape).float().cpu()
-                form = compress_linear(weight, recipe.steps, {}, rank=0, dtype=_DTYPE)
+                if embed is not None and table:
+                    form: LinearForm = solve(weight, bits=embed.bits)
+                else:
+                    form = compress_linear(weight, steps, {}, rank=0, dtype=_DTYPE)
                 made[shape] = pack(form)
             linears[name.removesuffix(".weight")] = made[shape]
         return VariantWeights(self._config, tensors, linears, _DTYPE)
