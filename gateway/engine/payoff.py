@@ -106,6 +106,7 @@ class Verdicts:
 class Payoff:
     """The figures of one target level on one host."""
 
+    idle_patience: int = _FIRST_PATIENCE  # plain steps after one that nobody could draft for
     steps: Curve = field(default_factory=Curve)  # by rows
     drafts: dict[str, Curve] = field(default_factory=dict)  # a drafter's, by rows, per token
     _patience: int = _FIRST_PATIENCE
@@ -147,7 +148,10 @@ class Payoff:
         tried = self._plain >= self._patience
         self._warm, self._fast = max(0, self._warm - 1), 0
         self._plain = 0 if tried else self._plain + 1
-        if not tried or best is None:
+        if not tried:
+            return None
+        if best is None:
+            self._patience = max(self._patience, self.idle_patience)
             return None
         self._patience = min(2 * self._patience, _LAST_PATIENCE)
         return best

@@ -34,6 +34,7 @@ from gateway.engine.scheduler import Sequence as Tokens
 from gateway.engine.tokenizer import Tokenizer
 
 OFF, AUTO = "off", "auto"
+_AHEAD_PATIENCE = 64
 _LIGHTER = 0.8  # a level with at most this share of another's bytes may draft for it
 
 
@@ -120,7 +121,9 @@ class Speculator:
         self.mode = mode
         self.level = level
         self.drafters: list[Drafter] = []
-        self.payoff = Payoff()
+        # Asking costs a runner that is launched ahead a step that is not.
+        ahead = hasattr(level.runner, "decode_from")
+        self.payoff = Payoff(idle_patience=_AHEAD_PATIENCE) if ahead else Payoff()
         self._runner = level.runner
         self._scheduler = scheduler
         self._places = places
@@ -176,7 +179,8 @@ class Speculator:
 
     def due(self, batch: int) -> bool:
         """Whether `step` may do more than decode plainly; it needs all tokens known then."""
-        return bool(self.drafters) and self.payoff.due(batch)
+        room = 2 * batch <= self._places  # else hardly a row could be drafted for
+        return bool(self.drafters) and room and self.payoff.due(batch)
 
     def _close(self, turn: int, now: float, batch: Sequence[Tokens]) -> None:
         """Learn what the step before took, if nothing came between."""

@@ -126,6 +126,23 @@ def test_a_host_that_changes_is_noticed() -> None:
     assert host.last != "plain"
 
 
+def test_nobody_is_asked_often_who_had_nothing_to_offer() -> None:
+    payoff = Payoff(idle_patience=64)
+    asked = 0
+    for _ in range(1000):
+        payoff.steps.note(1, 1.0)
+        if payoff.due(1):
+            asked += 1
+            assert payoff.choose(1, {"d": [Offer(0.9, 0)]}, 64) is None
+        else:
+            payoff.skip()
+    assert asked < 30
+    for _ in range(65):
+        payoff.skip()
+    assert payoff.due(1)
+    assert payoff.choose(1, {"d": [Offer(0.9, MOST)]}, 64) is not None
+
+
 def test_no_more_rows_than_there_are_places() -> None:
     payoff = Payoff()
     for _ in range(20):
