@@ -196,22 +196,40 @@ def _sampling_fields(sampling: SamplingParams) -> dict[str, Any]:
 
 
 async def _sse(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
-    """The JSON objects of an event stream up to `[DONE]`; an error object is raised."""
-    async for line in response.aiter_lines():
-        if not line.startswith("data:"):
-            continue
-        data = line[5:].strip()
-        if data == "[DONE]":
-            return
-        try:
-            chunk = orjson.loads(data)
-        except orjson.JSONDecodeError as error:
-            raise SequenceFailed("upstream sent an event that is not JSON") from error
-        if not isinstance(chunk, dict):
-            raise SequenceFailed("upstream sent an event that is not an object")
-        if error_body := chunk.get("error"):
-            raise SequenceFailed(f"upstream: {_message(error_body)}")
+    """The JSON objects of an event stream up to `[DONE]`; an error object is raised.
+
+    Lines are cut here, out of bytes: a server may send many tokens in one packet, and httpx's own
+    lines also end where a text holds one of Unicode's line separators.
+    """
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            chunk = _event(line)
+            if chunk is None:
+                return
+            if chunk:
+                yield chunk
+    if chunk := _event(rest):  # a last line without an end
         yield chunk
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The object in a line of an event stream; empty when it holds none, None at the end."""
+    if not line.startswith(b"data:"):
+        return {}
+    data = line[5:].strip()
+    if data == b"[DONE]":
+        return None
+    try:
+        chunk = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise SequenceFailed("upstream sent an event that is not JSON") from error
+    if not isinstance(chunk, dict):
+        raise SequenceFailed("upstream sent an event that is not an object")
+    if error_body := chunk.get("error"):
+        raise SequenceFailed(f"upstream: {_message(error_body)}")
+    return chunk
 
 
 def _chunk_events(choice: Mapping[str, Any]) -> list[TokenEvent]:
