@@ -32,6 +32,10 @@ def _per_token(metric: str) -> str:
     return f"{rate(metric, PLACE, 'level')} / {tokens}"
 
 
+def _drafts(metric: str) -> str:
+    return rate(metric, PLACE, "level")
+
+
 def board() -> models.Dashboard:
     columns = {
         "stored": (card("variant_stored_bytes"), BYTES),
@@ -121,6 +125,15 @@ def board() -> models.Dashboard:
                     "By level, under the present load.",
                     {"{{level}}": quantile(0.5, "time_to_first_token_seconds", by="level")},
                     SECONDS,
+                ),
+                lines(
+                    "Drafted tokens kept",
+                    "Share of the tokens that speculation proposed.",
+                    {
+                        "{{level}}": f"{_drafts('accepted_tokens_total')} / "
+                        f"{_drafts('drafted_tokens_total')}"
+                    },
+                    SHARE,
                 ),
                 lines(
                     "Weights in memory",
