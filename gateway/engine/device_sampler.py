@@ -75,7 +75,8 @@ def kernel() -> Drawing | None:
     try:
         found: Drawing = import_module("gateway.engine.cuda.drawing").draw
         generator = torch.Generator().manual_seed(0)
-        logits = (3 * torch.randn(8, 5000, generator=generator)).round(decimals=1).cuda()
+        logits = torch.randn(8, 5000, dtype=torch.float32, generator=generator)
+        logits = (3 * logits).round(decimals=1).cuda()
         heat, uniform = [0.5, 1.0] * 4, torch.rand(8, generator=generator).tolist()
         cuts = [[5000, 9, 5000, 40] * 2, [_NO_CUT, _NO_CUT, 0.9, 0.5] * 2, [0.0] * 6 + [0.1] * 2]
         knobs = torch.tensor([heat, uniform, *cuts], dtype=torch.float64).cuda()

@@ -98,7 +98,7 @@ class LevelDrafter:
                 else:
                     if sampled and probs is None:
                         shape = (len(batch), max(counts), logits.shape[1])
-                        probs = torch.zeros(shape, device=logits.device)
+                        probs = torch.zeros(shape, dtype=logits.dtype, device=logits.device)
                     drawn, found = _next(logits, [rows[i] for i in active])
                     if probs is not None and found is not None:
                         probs[torch.tensor(active, device=logits.device), step] = found

@@ -117,7 +117,8 @@ class NativeRunner:
             self._heads[most] = self._builder(most).head()
         program, aim = self._heads[most]
         # Fresh, because the last step's may still be read; the allocator hands the memory back.
-        logits = torch.empty(step.outputs, self.model.vocab_size)
+        # The dtype is said: the default one is another thread's while transformers builds a model.
+        logits = torch.empty(step.outputs, self.model.vocab_size, dtype=torch.float32)
         aim(logits)
         program.run(step)
         return logits

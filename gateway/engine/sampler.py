@@ -99,7 +99,8 @@ class RowState:
             )
         if self.counts and (p.presence_penalty or p.frequency_penalty):
             index = torch.tensor(list(self.counts), device=row.device)
-            times = torch.tensor(list(self.counts.values()), device=row.device)
+            counts = list(self.counts.values())
+            times = torch.tensor(counts, dtype=row.dtype, device=row.device)
             row[index] -= p.frequency_penalty * times + p.presence_penalty
         if bias := {t: b for t, b in p.logit_bias.items() if 0 <= t < row.shape[0]}:
             index = torch.tensor(list(bias), device=row.device)

@@ -336,7 +336,8 @@ def _judged(
     device = logits.device
     tokens = [draft.tokens[i] for i in chosen]
     most = max(map(len, tokens))
-    target = torch.zeros(len(chosen), most + 1, logits.shape[1], device=device)
+    shape = (len(chosen), most + 1, logits.shape[1])
+    target = torch.zeros(shape, dtype=logits.dtype, device=device)
     uniform = torch.zeros(len(chosen), most + 1, dtype=torch.float64)
     for place, i in enumerate(chosen):
         span = slice(spans[i].start, spans[i].stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,23 @@ def difference(found: Tensor, wanted: Tensor) -> float:
     """Of logits, relative."""
     centred = wanted - wanted.mean(-1, keepdim=True)
     return float((found - wanted).norm() / centred.norm())
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_default_dtype_of_another_thread_changes_nothing(
+    checkpoint: Checkpoints, bits: int | None
+) -> None:
+    """transformers sets the whole process's while it builds a model, beside running steps."""
+    kv = None if bits is None else KVScheme(bits=bits)
+    model = build_model(replace(weights_of(checkpoint("llama")), kv=kv))
+    before = ends_of(thin(model), [sequence(model, 0, 21)])
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        beside = ends_of(thin(model), [sequence(model, 0, 21)])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert beside.dtype is torch.float32
+    assert torch.equal(before, beside)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

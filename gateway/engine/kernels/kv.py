@@ -103,7 +103,7 @@ class KVCall:
         """
         query, key, value = (row.float().contiguous() for row in rows)
         batch, heads = query.shape[:2]
-        out = torch.empty(batch, heads, self._dims[1])
+        out = torch.empty(batch, heads, self._dims[1], dtype=torch.float32)
         step = _Step(
             *(tensor.data_ptr() for tensor in (query, key, value, out, *places)),
             batch=batch,
