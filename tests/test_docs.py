@@ -94,3 +94,22 @@ def test_every_row_of_the_table_of_levels_says_what_its_level_is() -> None:
 
 def test_the_changelog_speaks_of_this_version() -> None:
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_speeds_shown_are_those_in_the_results() -> None:
+    """Every ratio of the README's table stands in the table of the comparison it comes from."""
+    shown = README.partition("<!-- speed -->")[2].partition("<!-- /speed -->")[0]
+    measured = {
+        (shape, bits, what): ratio
+        for shape, bits, what, ratio in re.findall(
+            r"^\| (\d+m) \| (\d+) \| ([^|]+?) \|.*\| \*\*([\d.]+)\*\* \|$",
+            (ROOT / "loadtest" / "RESULTS.md").read_text(),
+            re.M,
+        )
+    }
+    columns = ("decode, batch 1", "decode, batch 8", "prefill 512")
+    rows = re.findall(r"^\| (\d+m), (\d+) bits \| (.+) \|$", shown, re.M)
+    assert len(rows) == 6
+    for shape, bits, cells in rows:
+        expected = [measured[shape, bits, column] for column in columns]
+        assert cells.split(" | ") == expected, (shape, bits)
