@@ -254,7 +254,9 @@ class Runner:
         ]
         tables = torch.zeros(rows, context, dtype=torch.long)
         for row, seq in zip(tables, batch, strict=False):
-            row[: len(seq.blocks)] = torch.tensor(seq.blocks)
+            # A draft may have reserved more blocks than any row reads now.
+            blocks = seq.blocks[:context]
+            row[: len(blocks)] = torch.tensor(blocks)
         positions = torch.tensor(last)[:, None]
         self._ids[:rows] = torch.tensor([seq.tokens[-1] for seq in batch] + [0] * pad)[:, None]
         self._positions[:rows] = positions

@@ -15,7 +15,11 @@ from compressors.tensor import Dense, Grouped, LinearForm
 from gateway.config import BUILTIN
 from gateway.engine.core import Core, Job, LocalOptions
 from gateway.engine.kernels.store import pack
-from gateway.engine.runner import VariantWeights, build_model, forward_logits
+from gateway.engine.kv_quant import make_pool
+from gateway.engine.runner import Runner, VariantWeights, build_model, forward_logits
+from gateway.engine.runners import make_runner
+from gateway.engine.scheduler import Chunk
+from gateway.engine.scheduler import Sequence as Tokens
 from gateway.engine.tokenizer import Tokenizer
 from gateway.errors import ModelError
 
@@ -29,6 +33,23 @@ def int8(weight: torch.Tensor) -> Grouped:
     scales = weight.abs().amax(1, keepdim=True) / 127
     codes = ((weight / scales).round() + 128).to(torch.uint8)
     return Grouped(codes, scales, torch.full_like(scales, 128.0), bits=8, group=weight.shape[1])
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # read as parts, and not
+@pytest.mark.parametrize("thin", [True, False])
+def test_blocks_reserved_ahead_change_nothing(family: str, thin: bool, checkpoint: Maker) -> None:
+    """A sequence may hold blocks for drafts beyond those that its tokens need, on any runner."""
+    model = build_model(weights_of(checkpoint(family)))
+    found = []
+    for count in (1, 9, 16):
+        pool = make_pool(model.layout, 17, 16, "cpu")
+        runner = make_runner(model, pool, max_batch=2) if thin else Runner(model, pool, max_batch=2)
+        seq = Tokens("", 12, 0, list(range(3, 15)), blocks=list(range(1, 1 + count)))
+        runner.prefill([Chunk(seq, 0, 12)], [False])
+        seq.tokens.append(15)
+        found.append(runner.decode([seq]).clone())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox"])
