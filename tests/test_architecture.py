@@ -42,6 +42,7 @@ TORCH_FREE = (
     "gateway.variants.shared",
     "gateway.variants.fake_backend",
     "gateway.variants.pool",
+    "gateway.variants.roster",
     "gateway.variants.card",
     "gateway.variants.jobs",
     "gateway.variants.backend",

@@ -15,12 +15,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from gateway.engine.base import Engine, EngineFailed, TextCodec
-from gateway.errors import Conflict, NotFound, Overloaded, Unavailable
+from gateway.errors import Conflict, Overloaded, Unavailable
 from gateway.variants.backend import Backend
 from gateway.variants.builder import Builder
 from gateway.variants.entry import RETRY_FAILED_AFTER, Variant, reraise, weight_bytes
 from gateway.variants.jobs import Job, JobBoard
-from gateway.variants.ladder import Ladder
+from gateway.variants.roster import Roster
 from gateway.variants.variant import LadderSnapshot, State
 
 log = logging.getLogger(__name__)
@@ -45,19 +45,15 @@ class VariantPool:
         on_load: Callable[[str, str, float], None] = lambda _model, _level, _seconds: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._backends = {backend.model: backend for backend in backends}
-        self._variants: dict[str, dict[str, Variant]] = {}
-        self._ladders: dict[str, Ladder] = {}
-        self._budget = memory_budget
-        self._kv_budget = kv_budget
-        self._kv_bytes = kv_bytes
+        self._roster = Roster(
+            backends, memory_budget=memory_budget, kv_budget=kv_budget, kv_bytes=kv_bytes
+        )
         self._builder = Builder(JobBoard(max_jobs, on_job), self._made, clock)
         self._on_load = on_load
         self._clock = clock
         self._load_turn = asyncio.Lock()  # one load at a time, so that memory is counted once
         self._closing = False
         self._loaded_defaults = False
-        self._weighed: tuple[list[int], int] = ([], 0)
 
     # -- life -------------------------------------------------------------------------------
 
@@ -67,14 +63,13 @@ class VariantPool:
         Raises:
             ModelError: a model cannot be served.
         """
-        for backend in self._backends.values():
+        for backend in self._roster.backends:
             await backend.start()
-            variants = {spec.level: Variant(backend, spec) for spec in backend.ladder()}
-            for variant in variants.values():
+            variants = [Variant(backend, spec) for spec in backend.ladder()]
+            for variant in variants:
                 if await backend.stored(variant.spec.level):
                     variant.state = State.STORED
-            self._variants[backend.model] = variants
-            self._ladders[backend.model] = Ladder(tuple(variants.values()))
+            self._roster.add(backend, variants)
 
     async def load_defaults(self) -> None:
         """Load every model's default level, then measure it if this host never has.
@@ -82,17 +77,17 @@ class VariantPool:
         Raises:
             Unavailable, Overloaded: it cannot be loaded.
         """
-        for backend in self._backends.values():
+        for backend in self._roster.backends:
             await self.warm(backend.model, backend.default_level)
         self._loaded_defaults = True
-        for backend in self._backends.values():
-            variant = self._variants[backend.model][backend.default_level]
+        for backend in self._roster.backends:
+            variant = self._roster.variant(backend.model, backend.default_level)
             if not backend.card(backend.default_level).measured and variant.building is None:
                 await self._builder.measure(variant)
 
     async def build_missing(self, model: str) -> None:
         """Build every absent level of the ladder, one after the other; failures are left marked."""
-        for variant in list(self._variants[model].values()):
+        for variant in self._roster.of(model):
             if variant.state is State.ABSENT:
                 task = self._builder.ensure(variant, "prebuild")
                 await asyncio.wait({task})
@@ -101,7 +96,7 @@ class VariantPool:
         """Stop builds and loads, free every engine."""
         self._closing = True
         self._builder.close()
-        for variant in self._all():
+        for variant in self._roster.all():
             for task in (variant.loading, variant.building, variant.unloading):
                 if task is not None:
                     if task is not variant.unloading:
@@ -109,7 +104,7 @@ class VariantPool:
                     await asyncio.gather(task, return_exceptions=True)
             if variant.engine is not None:
                 await self._unload(variant)
-        for backend in self._backends.values():
+        for backend in self._roster.backends:
             await backend.close()
 
     # -- facts ------------------------------------------------------------------------------
@@ -121,23 +116,23 @@ class VariantPool:
 
     @property
     def memory_budget(self) -> int:
-        return self._budget
+        return self._roster.memory_budget
 
     def memory_used(self) -> int:
         """Bytes of weights resident or being loaded, plus KV pools that exist."""
-        return self._weight_bytes() + self._kv_bytes()
+        return self._roster.memory_used()
 
     def models(self) -> list[str]:
-        return list(self._backends)
+        return self._roster.models()
 
     def tokenizer(self, model: str) -> TextCodec:
-        return self._backend(model).tokenizer
+        return self._roster.backend(model).tokenizer
 
     def context_length(self, model: str) -> int:
-        return self._backend(model).context_length
+        return self._roster.backend(model).context_length
 
     def default_level(self, model: str) -> str:
-        return self._backend(model).default_level
+        return self._roster.backend(model).default_level
 
     def snapshot(self, model: str) -> LadderSnapshot:
         """The ladder of `model` now, best quality first.
@@ -145,7 +140,7 @@ class VariantPool:
         Raises:
             NotFound: unknown model.
         """
-        return self._snapshot(model, closely=True)
+        return self._roster.snapshot(model, self._clock(), closely=True)
 
     def glance(self, model: str) -> LadderSnapshot:
         """The same for a decision, quicker: facts are described anew only where they changed. Of a
@@ -154,29 +149,7 @@ class VariantPool:
         Raises:
             NotFound: unknown model.
         """
-        return self._snapshot(model, closely=False)
-
-    def _snapshot(self, model: str, *, closely: bool) -> LadderSnapshot:
-        backend = self._backend(model)
-        now = self._clock()
-        building = running = tokens = 0
-        for name, ladder in self._ladders.items():
-            ladder.look(now, closely=closely and name == model)
-            building += ladder.building
-            running += ladder.running
-            tokens += ladder.waiting_prompt_tokens
-        weights = self._weight_bytes()
-        return LadderSnapshot(
-            model=backend.model,
-            levels=self._ladders[model].facts if model in self._ladders else (),
-            memory_budget=self._budget,
-            memory_used=weights + self._kv_bytes(),
-            weight_budget=self._budget - self._kv_budget,
-            weight_used=weights,
-            building=building,
-            host_running=running,
-            host_waiting_prompt_tokens=tokens,
-        )
+        return self._roster.snapshot(model, self._clock(), closely=False)
 
     def jobs(self) -> list[Job]:
         return self._builder.board.all()
@@ -194,7 +167,7 @@ class VariantPool:
             NotFound: unknown model or level.
             Unavailable: not ready within `wait_s` seconds, failed, or no memory for it.
         """
-        variant = self._variant(model, level)
+        variant = self._roster.variant(model, level)
         engine = await self._acquire(variant, wait_s)
         try:
             yield engine
@@ -213,7 +186,7 @@ class VariantPool:
             Conflict: the level is there already.
             Overloaded: too many builds.
         """
-        variant = self._variant(model, level)
+        variant = self._roster.variant(model, level)
         if not variant.needs_build:
             raise Conflict(f"{variant.name} is {variant.state} already", param="level")
         self._builder.ensure(variant, reason)
@@ -226,11 +199,11 @@ class VariantPool:
         Raises:
             Unavailable: not within `timeout_s`, or its build failed.
         """
-        await self._make_ready(self._variant(model, level), timeout_s)
+        await self._make_ready(self._roster.variant(model, level), timeout_s)
 
     async def warm(self, model: str, level: str) -> None:
         """Load a level (building it first if need be) and keep it loaded until memory is needed."""
-        await self._make_ready(self._variant(model, level), wait_s=3600.0)
+        await self._make_ready(self._roster.variant(model, level), wait_s=3600.0)
 
     async def evict(self, model: str, level: str, *, delete: bool = False) -> None:
         """Unload a level; `delete` also forgets its artifact.
@@ -238,13 +211,13 @@ class VariantPool:
         Raises:
             Conflict: requests hold it, or it is being built or loaded.
         """
-        variant = self._variant(model, level)
+        variant = self._roster.variant(model, level)
         if variant.leases:
             raise Conflict(f"{variant.name} serves {variant.leases} requests now", param="level")
         if variant.state in (State.BUILDING, State.LOADING, State.DRAINING):
             raise Conflict(f"{variant.name} is {variant.state} now", param="level")
         if delete:
-            for other in self._alike(variant):
+            for other in self._roster.alike(variant):
                 if other.state not in (State.STORED, State.ABSENT, State.FAILED):
                     raise Conflict(
                         f"{variant.name} is stored together with {other.name}, "
@@ -257,7 +230,7 @@ class VariantPool:
     def learned(self, model: str, levels: Iterable[str]) -> None:
         """Another replica made these levels: they can be loaded from the shared cache."""
         for level in levels:
-            variant = self._variants.get(model, {}).get(level)
+            variant = self._roster.find(model, level)
             if variant is not None and variant.state in (State.ABSENT, State.FAILED):
                 variant.state, variant.error = State.STORED, None
 
@@ -265,47 +238,7 @@ class VariantPool:
 
     def _made(self, variant: Variant) -> None:
         """An artifact was built: other levels that live in it can be loaded too."""
-        self.learned(variant.backend.model, (v.spec.level for v in self._alike(variant)))
-
-    def _all(self) -> Iterable[Variant]:
-        return [v for variants in self._variants.values() for v in variants.values()]
-
-    def _weight_bytes(self) -> int:
-        """Weighed anew only when a level's bytes changed."""
-        resident = [v.resident_bytes for vs in self._variants.values() for v in vs.values()]
-        if resident != self._weighed[0]:
-            self._weighed = (resident, weight_bytes(self._all()))
-        return self._weighed[1]
-
-    def _alike(self, variant: Variant) -> list[Variant]:
-        """The other levels that come from the same artifact."""
-        backend = variant.backend
-        shared = backend.artifact(variant.spec.level)
-        return [
-            other
-            for other in self._variants.get(backend.model, {}).values()
-            if other is not variant and backend.artifact(other.spec.level) == shared
-        ]
-
-    def _backend(self, model: str) -> Backend:
-        if model not in self._backends:
-            known = ", ".join(self._backends)
-            raise NotFound(
-                f"no model {model!r}; there is {known}", param="model", code="model_not_found"
-            )
-        return self._backends[model]
-
-    def _variant(self, model: str, level: str) -> Variant:
-        self._backend(model)
-        variants = self._variants.get(model, {})
-        if level not in variants:
-            known = ", ".join(variants)
-            raise NotFound(
-                f"no level {level!r} of {model}; there is {known}",
-                param="model",
-                code="level_not_found",
-            )
-        return variants[level]
+        self.learned(variant.backend.model, (v.spec.level for v in self._roster.alike(variant)))
 
     async def _acquire(self, variant: Variant, wait_s: float) -> Engine:
         """Count a lease on a ready engine. No await between seeing READY and counting."""
@@ -390,18 +323,18 @@ class VariantPool:
         Raises:
             Overloaded: what stays is leased and leaves no room.
         """
-        room = self._budget - self._kv_budget
-        staying = [other for other in self._all() if other.leases or other is variant]
+        room = self._roster.weight_budget
+        staying = [other for other in self._roster.all() if other.leases or other is variant]
         if weight_bytes(staying) > room:
             raise self._no_room(variant, room)  # before anything is unloaded in vain
-        while (used := self._weight_bytes()) > room:
+        while (used := self._roster.weight_bytes()) > room:
             idle = [
                 other
-                for other in self._all()
+                for other in self._roster.all()
                 if other.state is State.READY
                 and not other.leases
                 and other is not variant
-                and weight_bytes(v for v in self._all() if v is not other) < used
+                and weight_bytes(v for v in self._roster.all() if v is not other) < used
             ]
             if not idle:
                 raise self._no_room(variant, room)
@@ -434,7 +367,7 @@ class VariantPool:
             variant.drop()
             variant.unloading = None
             variant.state = State.STORED if stored else State.ABSENT
-            for other in self._alike(variant) if not stored else ():
+            for other in self._roster.alike(variant) if not stored else ():
                 if other.state is State.STORED:
                     other.state = State.ABSENT
 

@@ -164,7 +164,7 @@ async def test_an_engine_that_dies_is_replaced(pool: VariantPool) -> None:
 async def test_an_artifact_that_vanished_is_built_again(pool: VariantPool) -> None:
     await pool.warm("fake", "int8")
     await pool.evict("fake", "int8")
-    backend = pool._backends["fake"]
+    backend = pool._roster.backend("fake")
     await backend.delete("int8")  # behind the pool's back, as a corrupt blob would be
     await pool.warm("fake", "int8")
     assert state(pool, "int8") is State.READY
