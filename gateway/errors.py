@@ -6,7 +6,9 @@ nothing else in the project turns an error into a response.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
+
+DECISION_HEADER: Final = "x-pressgate-decision"
 
 
 class PressgateError(Exception):
@@ -15,7 +17,7 @@ class PressgateError(Exception):
     Attributes:
         param: the request field (or config key) at fault, if one is.
         retry_after: seconds after which the same call may succeed; sent as `Retry-After`.
-        extra: facts added to the error body (e.g. `could_meet`).
+        extra: facts added to the error body (e.g. `could_meet`); `decision_id` is a header too.
     """
 
     status: ClassVar[int] = 500
@@ -52,9 +54,12 @@ class PressgateError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Response headers that go with the error."""
-        if self.retry_after is None:
-            return {}
-        return {"retry-after": str(max(1, round(self.retry_after)))}
+        found = {}
+        if self.retry_after is not None:
+            found["retry-after"] = str(max(1, round(self.retry_after)))
+        if "decision_id" in self.extra:
+            found[DECISION_HEADER] = self.extra["decision_id"]
+        return found
 
 
 class InvalidRequest(PressgateError):

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from gateway.api.deps import Services
 from gateway.api.prepare import Wanted
 from gateway.api.sse import Choice, usage
+from gateway.errors import DECISION_HEADER, PressgateError
 from gateway.metrics import NONE, Finished
 from gateway.policy.budget import Costs, excess
 from gateway.policy.decision import Decision
@@ -81,6 +82,19 @@ class Account:
         if level is not None and decision.predicted is not None:
             metrics.predicted(model, level, "ttft", decision.predicted.ttft_ms / 1000.0)
             metrics.predicted(model, level, "tpot", decision.predicted.tpot_ms / 1000.0)
+
+    def failed(self, error: PressgateError) -> None:
+        """The request ends with `error`, which is told which decision it belongs to."""
+        self.code = error.status
+        if self._decision is not None:
+            error.extra = {**error.extra, "decision_id": self.decision_id}
+
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        """What an answer says of its decision before its first byte."""
+        return [
+            (b"x-pressgate-level", self.level.encode()),
+            (DECISION_HEADER.encode(), self.decision_id.encode()),
+        ]
 
     def leased(self) -> None:
         self._leased_at = time.perf_counter()

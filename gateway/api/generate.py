@@ -143,7 +143,7 @@ class Generation:
             account.code = 499
         except Exception as error:
             known = as_pressgate(error, prompt="messages" if self._wanted.chat else "prompt")
-            account.code = known.status
+            account.failed(known)
             self._log(error, known)
             if not self._started:
                 raise known from error
@@ -244,7 +244,7 @@ class Generation:
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            self._level_header(),
+            *self._account.headers(),
         ]
         self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -267,11 +267,8 @@ class Generation:
 
     async def _start(self, send: Send) -> None:
         self._started = True
-        headers = [*_STREAM_HEADERS, self._level_header()]
+        headers = [*_STREAM_HEADERS, *self._account.headers()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    def _level_header(self) -> tuple[bytes, bytes]:
-        return b"x-pressgate-level", self._account.level.encode()
 
     @staticmethod
     async def _send_last(send: Send, data: bytes) -> None:

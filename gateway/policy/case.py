@@ -232,6 +232,7 @@ class Case:
             could_meet=could_meet,
             code=code,
             judge=self._verdicts,
+            case=self,
             misses=misses,
             warm=warm,
         )

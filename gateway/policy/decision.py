@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from gateway.policy.budget import Budget, Objective, Sla
 from gateway.policy.prediction import Prediction, Predictions
 from gateway.variants.variant import LadderSnapshot, State
+
+if TYPE_CHECKING:
+    from gateway.policy.case import Case
 
 Action = Literal["serve", "wait", "reject"]
 Code = Literal[
@@ -67,6 +70,7 @@ class Decision:
         code: the reason as one of a few words, for metrics and for the error's class.
         judge: gives the verdicts; asked only when somebody wants to see them, because putting
             every level's verdict into words takes longer than deciding.
+        case: what was decided on, for whoever explains the decision afterwards.
     """
 
     policy: str
@@ -83,6 +87,7 @@ class Decision:
     judge: Callable[[], tuple[Verdict, ...]] = field(repr=False, compare=False)
     misses: tuple[str, ...] = ()
     warm: str | None = None
+    case: Case | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
