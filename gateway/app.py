@@ -43,6 +43,7 @@ from gateway.variants.fake_backend import FakeBackend
 from gateway.variants.local_backend import LocalBackend
 from gateway.variants.pool import VariantPool
 from gateway.variants.shared import Runtime, Shared
+from gateway.variants.worth import occupied
 
 log = logging.getLogger(__name__)
 
@@ -133,6 +134,9 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(pool.close)
         await pool.open()
         _check_memory(settings, parts.backends)
+        for model in settings.models:
+            for level in model.pinned:
+                pool.keep(model.id, level)
         parts.cards.listen(_learn(pool, parts.backends))
         metrics.watch(pool)
         policy_store = PolicyStore(settings.policies, parts.documents)
@@ -204,14 +208,37 @@ def _check_memory(settings: Settings, backends: tuple[Backend, ...]) -> None:
         ConfigError: with the budget that would do.
     """
     budget, share = settings.memory_budget, settings.engine.kv_fraction
-    for backend in backends:
-        weights = backend.load_bytes(backend.default_level)
+    always: list[tuple[str, int]] = []
+    for model, backend in zip(settings.models, backends, strict=True):
+        _check_pinned(model, backend)
+        always += [
+            (f"{model.id}@{backend.memory(level)}", backend.load_bytes(level))
+            for level in model.pinned
+        ]
+        level = backend.default_level
+        default = (f"{model.id}@{backend.memory(level)}", backend.load_bytes(level))
+        weights = occupied([*always, default])
         if weights > budget * (1 - share):
+            beside = f" beside {', '.join(model.pinned)}" if model.pinned else ""
             raise ConfigError(
                 f"memory_budget: {budget / 1e6:.0f} MB is too little for {backend.model}: "
-                f"{backend.default_level} weighs {weights / 1e6:.0f} MB and {share:.0%} of the "
+                f"{level}{beside} weighs {weights / 1e6:.0f} MB and {share:.0%} of the "
                 f"budget is KV cache; set at least {weights / (1 - share) / 1e6 + 1:.0f} MB",
                 param="memory_budget",
+            )
+
+
+def _check_pinned(model: Model, backend: Backend) -> None:
+    """
+    Raises:
+        ConfigError: a pinned level is not in the model's ladder.
+    """
+    known = [spec.level for spec in backend.ladder()]
+    for level in model.pinned:
+        if level not in known:
+            raise ConfigError(
+                f"models.pinned: {level!r} is no level of {model.id}; there is {', '.join(known)}",
+                param="models.pinned",
             )
 
 
@@ -334,20 +361,24 @@ async def _start_up(pool: VariantPool, settings: Settings) -> None:
         except PressgateError as error:
             log.error("start-up: %s; trying again in %.0f s", error.message, _RETRY_SECONDS)
             await asyncio.sleep(_RETRY_SECONDS)
-    if settings.engine.speculate not in SPECULATE:
+    for served in settings.models:
+        for level in served.pinned:
+            await _pin(pool, served.id, level)
+    draft = settings.engine.speculate
+    if draft not in SPECULATE:
         for model in pool.models():
-            await _load_draft(pool, model, settings.engine.speculate)
+            await _pin(pool, model, draft)
     if settings.build.prebuild:
         for model in pool.models():
             await pool.build_missing(model)
 
 
-async def _load_draft(pool: VariantPool, model: str, level: str) -> None:
-    """Without its draft a level is served all the same."""
+async def _pin(pool: VariantPool, model: str, level: str) -> None:
+    """The gateway serves all the same without it."""
     try:
-        await pool.warm(model, level)
+        await pool.pin(model, level)
     except PressgateError as error:
-        log.warning("%s@%s cannot draft for other levels: %s", model, level, error.message)
+        log.warning("%s@%s is not kept in memory: %s", model, level, error.message)
 
 
 async def _report_usage(parts: Parts) -> None:

@@ -77,11 +77,13 @@ class FakeModel(_Part):
 
 
 class Model(_Part):
-    """One served model. `path`: `builtin`, a local folder or a hub id; `fake` for the stand-in."""
+    """One served model. `path`: `builtin`, a local folder or a hub id; `fake` for the stand-in.
+    `pinned` levels are loaded at start and never unloaded for others."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,127}$")]
     path: str = "builtin"
     revision: str | None = None
+    pinned: Annotated[tuple[str, ...], Field(max_length=64)] = ()
     upstream: dict[str, Upstream] = Field(default_factory=dict)
     fake: FakeModel | None = None
 

@@ -1,4 +1,4 @@
-"""Levels and build jobs: what exists, and an operator's build, warm and evict."""
+"""Levels, memory and build jobs: what exists, and an operator's build, warm, pin and evict."""
 
 from __future__ import annotations
 
@@ -59,6 +59,27 @@ async def evict(
     return _one(services, target, name)
 
 
+@router.post("/v1/levels/{name}:pin", summary="Load a level and keep it in memory")
+async def pin(name: str, services: Using, model: _Model = None) -> dict[str, Any]:
+    """It stays until `:unpin` or a restart, whatever else needs room; refused (409) when pinned
+    levels would take more than there is for weights."""
+    target = one_model(services.pool, model)
+    await services.pool.pin(target, name)
+    return _one(services, target, name)
+
+
+@router.post("/v1/levels/{name}:unpin", summary="Let a pinned level leave when room is needed")
+async def unpin(name: str, services: Using, model: _Model = None) -> dict[str, Any]:
+    target = one_model(services.pool, model)
+    services.pool.unpin(target, name)
+    return _one(services, target, name)
+
+
+@router.get("/v1/memory", summary="What is in memory, what it is worth, who would leave first")
+async def memory(services: Using) -> dict[str, Any]:
+    return {"object": "memory", **services.pool.memory_plan()}
+
+
 @router.get("/v1/jobs", summary="Builds: queued, running and the last ones finished")
 async def jobs(services: Using) -> dict[str, Any]:
     return {"object": "list", "data": [job_row(job) for job in reversed(services.pool.jobs())]}
@@ -79,6 +100,7 @@ def level_row(model: str, facts: LevelFacts) -> dict[str, Any]:
         "state": facts.state,
         "error": facts.error,
         "leases": facts.leases,
+        "pinned": facts.pinned,
         "running": stats.running,
         "waiting": stats.waiting,
         "drafted_tokens": stats.drafted_tokens,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gateway.engine.base import Engine, EngineStats
 from gateway.errors import Overloaded, Unavailable
 from gateway.variants.backend import Backend, LevelSpec
 from gateway.variants.jobs import BuildFailed
 from gateway.variants.variant import LevelFacts, State
+from gateway.variants.worth import Demand, occupied
 
 RETRY_FAILED_AFTER = 30.0  # a failed level is not tried again by requests before this many seconds
 IDLE_STATS = EngineStats()
@@ -30,6 +31,9 @@ class Variant:
     failed_at: float = 0.0
     failed_in: State = State.BUILDING  # what was tried when it failed
     last_used: float = 0.0
+    load_s: float = 0.0  # what the last load took
+    pinned: bool = False  # stays in memory whatever needs room
+    demand: Demand = field(default_factory=Demand)
     held: object = None  # keeps the artifact's files from eviction while it is loaded
     loading: asyncio.Task[None] | None = None
     building: asyncio.Task[None] | None = None
@@ -39,6 +43,11 @@ class Variant:
     @property
     def name(self) -> str:
         return f"{self.backend.model}@{self.spec.level}"
+
+    @property
+    def place(self) -> str:
+        """What its weights live in, among all models."""
+        return f"{self.backend.model}@{self.backend.memory(self.spec.level)}"
 
     @property
     def needs_build(self) -> bool:
@@ -70,6 +79,7 @@ class Variant:
             card=self.backend.card(self.spec.level),
             stats=stats,
             leases=self.leases,
+            pinned=self.pinned,
             error=self.error,
             kv_bytes_per_token=self.backend.kv_bytes_per_token(self.spec.level),
             retry_s=retry_s,
@@ -80,12 +90,7 @@ class Variant:
 def weight_bytes(variants: Iterable[Variant]) -> int:
     """Bytes of weights resident or being loaded; levels that live in the same memory count once,
     with the largest of them."""
-    most: dict[tuple[str, str], int] = {}
-    for variant in variants:
-        if variant.resident_bytes:
-            place = (variant.backend.model, variant.backend.memory(variant.spec.level))
-            most[place] = max(most.get(place, 0), variant.resident_bytes)
-    return sum(most.values())
+    return occupied((v.place, v.resident_bytes) for v in variants if v.resident_bytes)
 
 
 def reraise(task: asyncio.Task[None], name: str) -> None:

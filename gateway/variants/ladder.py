@@ -31,6 +31,7 @@ class Ladder:
         self._cards: list[Card] = []
         self._states: list[State] = []
         self._leases: list[int] = []
+        self._pins: list[bool] = []
         self._errors: list[str | None] = []
         self._stats = [IDLE_STATS] * len(variants)
         self._order: list[int] = []
@@ -47,6 +48,7 @@ class Ladder:
         cards = [variant.backend.card(variant.spec.level) for variant in variants]
         states = [variant.state for variant in variants]
         leases = [variant.leases for variant in variants]
+        pins = [variant.pinned for variant in variants]
         errors = [variant.error for variant in variants]
         if closely or not self._known:
             changed = set(range(len(variants)))
@@ -57,6 +59,7 @@ class Ladder:
                 (self._cards, cards),
                 (self._states, states),
                 (self._leases, leases),
+                (self._pins, pins),
                 (self._errors, errors),
             ):
                 if old != new:
@@ -66,6 +69,7 @@ class Ladder:
         if changed:
             self._describe(changed, cards, now)
             self._cards, self._states, self._leases, self._errors = cards, states, leases, errors
+            self._pins = pins
             self.building = states.count(State.BUILDING)
 
     def _look_at_engines(self) -> set[int]:

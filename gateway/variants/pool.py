@@ -13,13 +13,15 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from gateway.engine.base import Engine, EngineFailed, TextCodec
 from gateway.errors import Conflict, Overloaded, Unavailable
 from gateway.variants.backend import Backend
 from gateway.variants.builder import Builder
-from gateway.variants.entry import RETRY_FAILED_AFTER, Variant, reraise, weight_bytes
+from gateway.variants.entry import RETRY_FAILED_AFTER, Variant, reraise
 from gateway.variants.jobs import Job, JobBoard
+from gateway.variants.room import Room
 from gateway.variants.roster import Roster
 from gateway.variants.variant import LadderSnapshot, State
 
@@ -48,6 +50,7 @@ class VariantPool:
         self._roster = Roster(
             backends, memory_budget=memory_budget, kv_budget=kv_budget, kv_bytes=kv_bytes
         )
+        self._room = Room(self._roster, clock)
         self._builder = Builder(JobBoard(max_jobs, on_job), self._made, clock)
         self._on_load = on_load
         self._clock = clock
@@ -117,6 +120,10 @@ class VariantPool:
     @property
     def memory_budget(self) -> int:
         return self._roster.memory_budget
+
+    def memory_plan(self) -> dict[str, Any]:
+        """What each level in memory is worth and which would leave first; see `Room.plan`."""
+        return self._room.plan()
 
     def memory_used(self) -> int:
         """Bytes of weights resident or being loaded, plus KV pools that exist."""
@@ -205,13 +212,46 @@ class VariantPool:
         """Load a level (building it first if need be) and keep it loaded until memory is needed."""
         await self._make_ready(self._roster.variant(model, level), wait_s=3600.0)
 
+    def keep(self, model: str, level: str) -> None:
+        """Let a level stay in memory once it is there, whatever else needs room.
+
+        Raises:
+            NotFound: unknown model or level.
+            Conflict: levels kept so would take more than there is for weights.
+        """
+        variant = self._roster.variant(model, level)
+        self._room.check_pin(variant)
+        variant.pinned = True
+
+    async def pin(self, model: str, level: str) -> None:
+        """`keep` a level and load it now.
+
+        Raises:
+            NotFound, Conflict: see `keep`.
+            Unavailable, Overloaded: it cannot be loaded; it stays as it was.
+        """
+        variant = self._roster.variant(model, level)
+        before = variant.pinned
+        self.keep(model, level)
+        try:
+            await self._make_ready(variant, wait_s=3600.0)
+        except BaseException:
+            variant.pinned = before
+            raise
+
+    def unpin(self, model: str, level: str) -> None:
+        """Let a pinned level leave when room is needed."""
+        self._roster.variant(model, level).pinned = False
+
     async def evict(self, model: str, level: str, *, delete: bool = False) -> None:
         """Unload a level; `delete` also forgets its artifact.
 
         Raises:
-            Conflict: requests hold it, or it is being built or loaded.
+            Conflict: it is pinned, requests hold it, or it is being built or loaded.
         """
         variant = self._roster.variant(model, level)
+        if variant.pinned:
+            raise Conflict(f"{variant.name} is pinned; unpin it first", param="level")
         if variant.leases:
             raise Conflict(f"{variant.name} serves {variant.leases} requests now", param="level")
         if variant.state in (State.BUILDING, State.LOADING, State.DRAINING):
@@ -246,6 +286,7 @@ class VariantPool:
             await self._make_ready(variant, wait_s)
         assert variant.engine is not None
         variant.leases += 1
+        variant.demand.count(self._clock())
         return variant.engine
 
     async def _make_ready(self, variant: Variant, wait_s: float) -> None:
@@ -299,14 +340,12 @@ class VariantPool:
                 return
             variant.engine, variant.resident_bytes = loaded.engine, loaded.resident_bytes
             variant.held, variant.error = loaded.held, None
+            variant.load_s = loaded.load_seconds
             variant.last_used = self._clock()
             variant.state = State.READY
             self._on_load(variant.backend.model, variant.spec.level, loaded.load_seconds)
             log.info("%s ready in %.2f s", variant.name, loaded.load_seconds)
-        except asyncio.CancelledError:
-            variant.resident_bytes, variant.state = 0, State.STORED
-            raise
-        except Overloaded:
+        except (asyncio.CancelledError, Overloaded):
             variant.resident_bytes, variant.state = 0, State.STORED
             raise
         except Exception as error:
@@ -318,36 +357,14 @@ class VariantPool:
             variant.loading = None
 
     async def _make_room(self, variant: Variant) -> None:
-        """Unload idle variants, least recently used first, until `variant`'s bytes fit.
+        """Unload what is worth least until `variant`'s bytes fit, looking anew after each: requests
+        may have taken one meanwhile.
 
         Raises:
-            Overloaded: what stays is leased and leaves no room.
+            Overloaded: what stays is leased or pinned and leaves no room.
         """
-        room = self._roster.weight_budget
-        staying = [other for other in self._roster.all() if other.leases or other is variant]
-        if weight_bytes(staying) > room:
-            raise self._no_room(variant, room)  # before anything is unloaded in vain
-        while (used := self._roster.weight_bytes()) > room:
-            idle = [
-                other
-                for other in self._roster.all()
-                if other.state is State.READY
-                and not other.leases
-                and other is not variant
-                and weight_bytes(v for v in self._roster.all() if v is not other) < used
-            ]
-            if not idle:
-                raise self._no_room(variant, room)
-            await self._unload(min(idle, key=lambda other: other.last_used))
-
-    @staticmethod
-    def _no_room(variant: Variant, room: int) -> Overloaded:
-        return Overloaded(
-            f"{variant.name} needs {variant.resident_bytes / 1e6:.0f} MB of the "
-            f"{room / 1e6:.0f} MB for weights, and levels in use leave less",
-            code="out_of_memory",
-            retry_after=2.0,
-        )
+        while (least := self._room.next_to_leave(variant)) is not None:
+            await self._unload(least)
 
     async def _unload(self, variant: Variant, *, delete: bool = False) -> None:
         """Free an unleased engine; whoever wants the level meanwhile waits for the task."""

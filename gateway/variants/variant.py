@@ -31,6 +31,7 @@ class LevelFacts:
         card: measured on this host, or an estimate (`card.measured` tells).
         stats: what its engine does now (zeros when it has none).
         leases: requests holding it.
+        pinned: it stays in memory whatever needs room.
         error: why the last build or load failed, in one line.
         kv_bytes_per_token: KV-cache bytes one token of context takes; 0 when unknown.
         max_running: sequences its engine decodes at once; 0 when unknown.
@@ -47,6 +48,12 @@ class LevelFacts:
     kv_bytes_per_token: int = 0
     max_running: int = 0
     retry_s: float = 0.0
+    pinned: bool = False
+
+    @property
+    def held(self) -> bool:
+        """It cannot be unloaded for another level."""
+        return self.pinned or self.leases > 0
 
     @property
     def loadable(self) -> bool:

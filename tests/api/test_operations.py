@@ -191,6 +191,21 @@ def test_build_warm_evict(own: tuple[Gateway, httpx.Client]) -> None:
     assert gateway.settles()
 
 
+def test_pin_keeps_a_level_and_memory_explains_itself(own: tuple[Gateway, httpx.Client]) -> None:
+    gateway, http = own
+    assert http.post("/v1/levels/int8:pin").json()["pinned"] is True
+    assert http.post("/v1/levels/int8:evict").status_code == 409
+    memory = http.get("/v1/memory").json()
+    rows = {row["level"].rpartition("@")[2]: row for row in memory["levels"]}
+    assert rows["int8"]["kept"] == "pinned"
+    assert rows["int8"]["leaves"] is None
+    assert memory["weight_bytes"] <= memory["weight_budget_bytes"] <= memory["budget_bytes"]
+    assert http.post("/v1/levels/int8:unpin").json()["pinned"] is False
+    assert http.post("/v1/levels/int8:evict").json()["state"] == "stored"
+    assert http.post("/v1/levels/nope:pin").status_code == 404
+    assert gateway.settles()
+
+
 def test_levels_carry_the_card(http: httpx.Client) -> None:
     ladder = http.get("/v1/levels").json()
     assert ladder["memory_budget_bytes"] == 10**9

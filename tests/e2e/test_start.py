@@ -67,6 +67,16 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
         FAKE | {"memory_budget": "20MB"},
         ("memory_budget", "20 MB", "at least 44 MB"),
     ),
+    "too little memory for what is pinned": (
+        FAKE
+        | {"models": [{"id": "fake", "path": "fake", "pinned": ["int8"]}], "levels": ["int8"]}
+        | {"memory_budget": "50MB"},
+        ("memory_budget", "bf16 beside int8", "50 MB"),
+    ),
+    "a pinned level that is none": (
+        FAKE | {"models": [{"id": "fake", "path": "fake", "pinned": ["int9"]}]},
+        ("models.pinned", "'int9'", "bf16"),
+    ),
     "no redis address": (FAKE | {"cache": {"redis_url": "gopher://x"}}, ("cache.redis_url",)),
 }
 

@@ -117,6 +117,78 @@ async def test_memory_budget_unloads_the_least_recently_used_and_never_a_leased_
     await pool.close()
 
 
+async def use(pool: VariantPool, level: str, times: int = 1) -> None:
+    for _ in range(times):
+        async with pool.lease("fake", level, wait_s=5):
+            pass
+
+
+async def test_room_is_taken_from_what_is_asked_for_least_however_recently() -> None:
+    pool = await open_pool(budget=int(DENSE * 1.4), load_seconds=0.01)
+    await pool.evict("fake", "bf16")
+    await use(pool, "int8", times=5)
+    await use(pool, "int4-gptq-g128")  # the last one used, but seldom
+    await use(pool, "depth-75")
+    assert state(pool, "int8") is State.READY
+    assert state(pool, "int4-gptq-g128") is State.STORED
+    [gone] = pool.memory_plan()["evicted"]
+    assert gone["level"] == "fake@int4-gptq-g128"
+    assert "left for fake@depth-75" in gone["why"]
+    await pool.close()
+
+
+async def test_a_pinned_level_stays_whatever_needs_room() -> None:
+    pool = await open_pool(budget=int(DENSE * 1.7))
+    await pool.pin("fake", "int8")
+    await pool.warm("fake", "depth-75")
+    await pool.warm("fake", "bf16")
+    assert state(pool, "int8") is State.READY
+    assert pool.memory_used() <= pool.memory_budget
+    facts = pool.snapshot("fake").level("int8")
+    assert facts is not None
+    assert facts.pinned
+    assert facts.held
+    with pytest.raises(Conflict, match="unpin it first"):
+        await pool.evict("fake", "int8")
+    pool.unpin("fake", "int8")
+    await pool.evict("fake", "int8")
+    await pool.close()
+
+
+async def test_more_cannot_be_pinned_than_there_is_room_for() -> None:
+    pool = await open_pool(budget=int(DENSE * 1.4))
+    await pool.pin("fake", "int8")
+    with pytest.raises(Conflict, match="fake@bf16, fake@int8 pinned together"):
+        await pool.pin("fake", "bf16")
+    assert [row["kept"] for row in pool.memory_plan()["levels"]].count("pinned") == 1
+    await pool.close()
+
+
+async def test_a_level_that_cannot_be_loaded_is_not_pinned() -> None:
+    pool = await open_pool(failing_levels=("int8",))
+    with pytest.raises(Unavailable):
+        await pool.pin("fake", "int8")
+    facts = pool.snapshot("fake").level("int8")
+    assert facts is not None
+    assert not facts.pinned
+    await pool.close()
+
+
+async def test_the_memory_plan_tells_who_would_leave_first() -> None:
+    pool = await open_pool()
+    await use(pool, "int8", times=3)
+    await pool.warm("fake", "depth-75")
+    async with pool.lease("fake", "bf16", wait_s=5):
+        plan = pool.memory_plan()
+    rows = {row["level"]: row for row in plan["levels"]}
+    assert rows["fake@bf16"]["kept"] == "in use"
+    assert rows["fake@bf16"]["leaves"] is None
+    assert rows["fake@depth-75"]["leaves"] == 1
+    assert rows["fake@int8"]["leaves"] == 2
+    assert plan["weight_bytes"] == sum(row["bytes"] for row in plan["levels"])
+    await pool.close()
+
+
 async def test_no_room_beside_leased_levels_is_an_honest_refusal() -> None:
     pool = await open_pool(budget=int(DENSE * 1.1))
     async with pool.lease("fake", "bf16", wait_s=5):
