@@ -166,6 +166,9 @@ class LocalRuntime:
 
     def _main(self) -> None:
         torch.set_num_threads(self.options.threads)
+        # Asked once, it stays this thread's own: before, torch would take over what another thread
+        # (the loader) set last.
+        torch.get_num_threads()
         try:
             while not self._stopping:
                 changed = self._obey()

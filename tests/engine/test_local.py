@@ -102,6 +102,17 @@ async def test_streams_tokens_and_ends_with_a_reason(engine: LocalEngine) -> Non
     assert len(tokens_of(events)) == 6
 
 
+async def test_the_engine_keeps_its_threads_while_models_load(
+    checkpoint: Maker, bytes_tokenizer: Tokenizer
+) -> None:
+    runtime = LocalRuntime(replace(OPTIONS, threads=2))
+    try:
+        await runtime.load("llama", weights_of(checkpoint("llama")), bytes_tokenizer)
+        assert await runtime._ask(torch.get_num_threads) == 2
+    finally:
+        await runtime.close()
+
+
 async def test_end_of_sequence_stops(
     runtime: LocalRuntime, engine: LocalEngine, checkpoint: Maker, bytes_tokenizer: Tokenizer
 ) -> None:
