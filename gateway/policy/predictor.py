@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Literal
 
+from gateway.policy.lengths import Length, Lengths
 from gateway.policy.prediction import Prediction, Predictions
 from gateway.policy.present import MAX_MS, Present
+from gateway.policy.quantile import KINDS, Margins, Spread, pooled_spread
 from gateway.variants.card import Card
 from gateway.variants.variant import LadderSnapshot, LevelFacts
 
 Kind = Literal["ttft", "tpot"]
+Predict = Callable[[int, int, LadderSnapshot], Predictions]
 
 GUESSED_TPOT_MS: Final = 30.0  # for a card without rates: any guess, the first answers correct it
 GUESSED_PREFILL_MS: Final = 1.0  # per prompt token
@@ -81,8 +85,10 @@ class _Track:
     card: Card
     prefill_ms: float
     load_ms: float
+    pooled: Spread
     ttft: _Correction = field(default_factory=_Correction)
     tpot: _Correction = field(default_factory=_Correction)
+    spread: Spread = field(default_factory=Spread)
     steps: dict[int, float] = field(default_factory=dict)
 
     def step_ms(self, batch: int) -> float:
@@ -97,6 +103,18 @@ class _Track:
     def factors(self) -> tuple[float, float]:
         return self.ttft.factor, self.tpot.factor
 
+    def margins(self) -> Margins:
+        return self.spread.margins(self.pooled)
+
+    def stray(self, kind: str, measured: float | None, predicted: float, said: Margins) -> None:
+        """Learn how far a measurement was from its prediction."""
+        if measured is None or not (_usable(measured) and _usable(predicted)):
+            return
+        index = KINDS.index(kind)
+        score = math.log(measured) - math.log(predicted)
+        for spread in (self.spread, self.pooled):
+            spread.scores[index].learn(score, said.logs[index])
+
 
 class Predictor:
     """Predictions for a whole ladder at once, and the learning behind them. Bounded state."""
@@ -104,13 +122,30 @@ class Predictor:
     def __init__(self) -> None:
         self._tracks: OrderedDict[tuple[str, str], _Track] = OrderedDict()
         self._present: dict[str, Present] = {}  # by model; holds no model whose tracks are gone
+        self._pooled = pooled_spread()
+        self.lengths = Lengths()
 
     @property
     def levels_known(self) -> int:
         """How many levels have learned state; the oldest are forgotten beyond a fixed number."""
         return len(self._tracks)
 
-    def predict(self, prompt_tokens: int, max_tokens: int, snapshot: LadderSnapshot) -> Predictions:
+    def under(self, policy: str) -> Predict:
+        """`predict` for requests of one policy: answers are as long as that policy's are."""
+
+        def predict(prompt_tokens: int, max_tokens: int, snapshot: LadderSnapshot) -> Predictions:
+            length = self.lengths.of(policy, max_tokens)
+            return self.predict(prompt_tokens, max_tokens, snapshot, length)
+
+        return predict
+
+    def predict(
+        self,
+        prompt_tokens: int,
+        max_tokens: int,
+        snapshot: LadderSnapshot,
+        length: Length | None = None,
+    ) -> Predictions:
         """One prediction per level of `snapshot`, in its order; always finite and never negative.
 
         The model: levels take turns on the same cores, so a step of one lasts as long as a step of
@@ -121,7 +156,8 @@ class Predictor:
         if present is None or not present.follow(snapshot.levels):
             tracks = [self._track(snapshot.model, facts) for facts in snapshot.levels]
             present = self._present[snapshot.model] = Present(snapshot.levels, tracks)
-        return present.predict(prompt_tokens, max_tokens, snapshot)
+        length = length or Length.certain(max_tokens)
+        return present.predict(prompt_tokens, max_tokens, snapshot, length)
 
     def observe(
         self,
@@ -131,19 +167,28 @@ class Predictor:
         *,
         ttft_ms: float | None = None,
         tpot_ms: float | None = None,
+        latency_ms: float | None = None,
+        tokens: int | None = None,
     ) -> None:
         """Learn from one finished request: what `predict` said and what was measured.
 
-        A TTFT that held a load or a build teaches nothing about prefill and is left out. Values
-        that are not positive and finite are ignored.
+        A TTFT (and so a latency) that held a load or a build teaches nothing about prefill and is
+        left out. A latency is compared with what was predicted for as many `tokens`; without
+        `tokens` it is left out. Values that are not positive and finite are ignored.
         """
         track = self._tracks.get((model, level))
         if track is None:
             return
-        if ttft_ms is not None and predicted.load_ms == 0.0:
-            track.ttft.learn(ttft_ms, predicted.ttft_ms, predicted.ttft_factor)
+        if predicted.load_ms == 0.0:
+            if ttft_ms is not None:
+                track.ttft.learn(ttft_ms, predicted.ttft_ms, predicted.ttft_factor)
+            track.stray("ttft", ttft_ms, predicted.ttft_ms, predicted.margins)
+            if tokens is not None:
+                expected = predicted.ttft_ms + max(0, tokens - 1) * predicted.tpot_ms
+                track.stray("latency", latency_ms, expected, predicted.margins)
         if tpot_ms is not None:
             track.tpot.learn(tpot_ms, predicted.tpot_ms, predicted.tpot_factor)
+        track.stray("tpot", tpot_ms, predicted.tpot_ms, predicted.margins)
         if (present := self._present.get(model)) is not None:
             present.learned(level)
 
@@ -176,7 +221,7 @@ class Predictor:
             return track
         prefill_ms = _clean(facts.card.prefill_ms(1), GUESSED_PREFILL_MS)
         load_ms = _clean(1000.0 * facts.card.load_seconds, 0.0)
-        track = self._tracks[key] = _Track(facts.card, prefill_ms, load_ms)
+        track = self._tracks[key] = _Track(facts.card, prefill_ms, load_ms, self._pooled)
         self._tracks.move_to_end(key)
         while len(self._tracks) > _MAX_LEVELS:
             (forgotten, _), _ = self._tracks.popitem(last=False)

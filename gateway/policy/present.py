@@ -17,7 +17,9 @@ from typing import Final, Protocol
 import numpy as np
 
 from gateway.policy.columns import Columns, Floats, floats
+from gateway.policy.lengths import Length
 from gateway.policy.prediction import Predictions
+from gateway.policy.quantile import MarginColumns, Margins
 from gateway.variants.variant import LadderSnapshot, LevelFacts, State
 
 CHUNK_TOKENS: Final = 256  # prompt tokens between two turns of other work on the same cores
@@ -41,6 +43,10 @@ class Track(Protocol):
 
     def factors(self) -> tuple[float, float]:
         """The learned corrections of time to first token and time per token."""
+        ...
+
+    def margins(self) -> Margins:
+        """What upper quantiles add."""
         ...
 
 
@@ -93,6 +99,8 @@ class Present:
         self._ttft_factor, self._tpot_factor = (
             np.array([t.factors()[which] for t in tracks], dtype=np.float64) for which in (0, 1)
         )
+        self._margins = MarginColumns([track.margins() for track in tracks])
+        self._cold = bool(self._load_ms.any())
         self._patch(range(len(levels)))
 
     def follow(self, levels: tuple[LevelFacts, ...]) -> bool:
@@ -114,10 +122,15 @@ class Present:
             return
         self._ttft_factor, self._tpot_factor = self._ttft_factor.copy(), self._tpot_factor.copy()
         self._ttft_factor[row], self._tpot_factor[row] = self._tracks[row].factors()
+        margins = list(self._margins.rows)
+        margins[row] = self._tracks[row].margins()
+        self._margins = MarginColumns(margins)
 
-    def predict(self, prompt_tokens: int, max_tokens: int, snapshot: LadderSnapshot) -> Predictions:
+    def predict(
+        self, prompt_tokens: int, max_tokens: int, snapshot: LadderSnapshot, length: Length
+    ) -> Predictions:
         """What a request costs at every level beside all that runs; see `Predictor.predict`."""
-        size, load = (prompt_tokens, max_tokens), self._load(snapshot)
+        size, load = (prompt_tokens, max_tokens, length), self._load(snapshot)
         return self._predictions(size, load, self.columns, self._idle_bytes)
 
     # -- following --------------------------------------------------------------------------------
@@ -139,7 +152,7 @@ class Present:
         self._idle_bytes = self.columns.ready_bytes - sum(
             self._levels[row].card.resident_bytes
             for row in self.columns.ready_rows
-            if self._levels[row].leases
+            if self._levels[row].held
         )
 
     def _load(self, snapshot: LadderSnapshot) -> _Load:
@@ -177,9 +190,9 @@ class Present:
     # -- predicting -------------------------------------------------------------------------------
 
     def _predictions(
-        self, size: tuple[int, int], load: _Load, columns: Columns, idle_bytes: float
+        self, size: tuple[int, int, Length], load: _Load, columns: Columns, idle_bytes: float
     ) -> Predictions:
-        prompt_tokens, max_tokens = size
+        prompt_tokens, max_tokens, length = size
         raw_ttft, raw_tpot = self._raw(prompt_tokens, load)
         ttft_factor, tpot_factor = self._ttft_factor, self._tpot_factor
         ttft = self._load_ms + np.minimum(MAX_MS, raw_ttft * ttft_factor)
@@ -195,13 +208,16 @@ class Present:
             idle_bytes=idle_bytes,
             ttft_ms=ttft,
             tpot_ms=tpot,
-            latency_ms=ttft + max(0, max_tokens - 1) * tpot,
+            latency_ms=ttft + (length.expected - 1.0) * tpot,
             memory_mb=(columns.resident + columns.kv * (prompt_tokens + max_tokens)) / 1e6,
             load_ms=self._load_ms,
             build_ms=self._build_ms,
             ttft_factor=ttft_factor,
             tpot_factor=tpot_factor,
             calm=calm,
+            cold=self._cold,
+            length=length,
+            margins=self._margins,
         )
 
     def _raw(self, prompt_tokens: int, load: _Load) -> tuple[Floats, Floats]:

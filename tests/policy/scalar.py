@@ -17,6 +17,7 @@ from gateway.policy.budget import HARD, Bounds, Budget, Objective, OnMiss, exces
 from gateway.policy.decide import REFUSED_PINS, RETRY_SECONDS
 from gateway.policy.decision import Action, Ask, Code, Decision, Verdict
 from gateway.policy.judge import BARRIERS, PASSING, costs
+from gateway.policy.lengths import Length
 from gateway.policy.objective import Key, Option
 from gateway.policy.policy import Policy
 from gateway.policy.prediction import Prediction
@@ -31,12 +32,16 @@ class ScalarPredictor(Predictor):
     """Learns as the real one does, and predicts level by level."""
 
     def each(
-        self, prompt_tokens: int, max_tokens: int, snapshot: LadderSnapshot
+        self,
+        prompt_tokens: int,
+        max_tokens: int,
+        snapshot: LadderSnapshot,
+        length: Length | None = None,
     ) -> tuple[Prediction, ...]:
         tracks = [self._track(snapshot.model, facts) for facts in snapshot.levels]
         load = _Load.of(snapshot, tracks)
         return tuple(
-            _predict(facts, track, load, (prompt_tokens, max_tokens))
+            _predict(facts, track, load, (prompt_tokens, max_tokens, length))
             for facts, track in zip(snapshot.levels, tracks, strict=True)
         )
 
@@ -70,8 +75,11 @@ class _Load:
         )
 
 
-def _predict(facts: LevelFacts, track: Any, load: _Load, size: tuple[int, int]) -> Prediction:
-    prompt_tokens, max_tokens = size
+def _predict(
+    facts: LevelFacts, track: Any, load: _Load, size: tuple[int, int, Length | None]
+) -> Prediction:
+    prompt_tokens, max_tokens, length = size
+    length = length or Length.certain(max_tokens)
     stats = facts.stats
     batch = stats.running + stats.waiting + 1
     if facts.max_running:
@@ -104,11 +112,13 @@ def _predict(facts: LevelFacts, track: Any, load: _Load, size: tuple[int, int]) 
     return Prediction(
         ttft_ms=ttft,
         tpot_ms=tpot,
-        latency_ms=ttft + max(0, max_tokens - 1) * tpot,
+        latency_ms=ttft + (length.expected - 1.0) * tpot,
         memory_mb=(facts.card.resident_bytes + kv_bytes) / 1e6,
         load_ms=load_ms,
         ttft_factor=ttft_factor,
         tpot_factor=tpot_factor,
+        length=length,
+        margins=track.margins(),
     )
 
 
@@ -184,7 +194,7 @@ def _room(snapshot: LadderSnapshot) -> int:
     idle = sum(
         facts.card.resident_bytes
         for facts in snapshot.levels
-        if facts.state is State.READY and not facts.leases
+        if facts.state is State.READY and not facts.held
     )
     return max(0, budget - max(0, used - idle))
 
