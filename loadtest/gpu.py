@@ -33,7 +33,7 @@ GPU_SHAPES = SHAPES | {
     ),
 }
 WAYS = ("generate", "compiled", "generate_batch")
-_WORKER = Path(__file__).parent / "gpu_worker.py"
+_PEERS = Path(__file__).parent / "peers"
 _LOAD_TIMEOUT = 300.0
 _TIMEOUT = 300.0
 
@@ -163,7 +163,8 @@ def _peer(
     found = _Peer(None, ways, [])
     if not ways:
         return found
-    child = stack.enter_context(Child("transformers", [sys.executable, str(_WORKER)]))
+    command = [sys.executable, str(_PEERS / "answers.py"), str(_PEERS / "gpu_worker.py")]
+    child = stack.enter_context(Child("transformers", command))
     try:
         versions |= child.ask(setup, _LOAD_TIMEOUT)["versions"]
     except EngineError as error:

@@ -201,9 +201,9 @@ def open_transformers(place: Place, case: Case) -> Engine:
 
 
 def _worker(name: str, what: Any, python: str, setup: Mapping[str, Any]) -> Engine:
-    script = _HERE / f"{name.lower()}_worker.py"
+    scripts = [str(_HERE / "answers.py"), str(_HERE / f"{name.lower()}_worker.py")]
     threads = str(setup["threads"])
-    child = Child(name, [python, str(script)], {"OMP_NUM_THREADS": threads})
+    child = Child(name, [python, *scripts], {"OMP_NUM_THREADS": threads})
     try:
         versions = child.ask(setup)["versions"]
     except EngineError:

@@ -1,14 +1,10 @@
-"""Times OpenVINO GenAI on demand. Runs in the peers' own Python: `python openvino_worker.py`.
+"""Times OpenVINO GenAI on demand, in the peers' own Python (see `answers`).
 
-The first JSON line names the folder of the converted model, the threads and the properties; then a
-question a line (`decode` with batch, prompt and tokens; `prefill` with tokens), answered in JSON.
+Its setup names the folder of the converted model, the threads and the properties.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
 from importlib import import_module
 from typing import Any
@@ -22,6 +18,7 @@ class Worker:
     def __init__(self, setup: dict[str, Any]) -> None:
         self._ov: Any = import_module("openvino")
         self._genai: Any = import_module("openvino_genai")
+        self.versions = {"openvino-genai": self._genai.__version__}
         properties = {
             "INFERENCE_NUM_THREADS": setup["threads"],
             "PERFORMANCE_HINT": "LATENCY",
@@ -57,27 +54,3 @@ class Worker:
         if any(len(row) != new for row in result.tokens):
             raise ValueError(f"{[len(row) for row in result.tokens]} tokens instead of {new}")
         return float(result.perf_metrics.get_ttft().mean) / 1000
-
-
-def main() -> None:
-    """Answer until standard input ends."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    worker: Worker | None = None
-    for line in sys.stdin:
-        ask = json.loads(line)
-        try:
-            if worker is None:
-                worker = Worker(ask)
-                version = import_module("openvino_genai").__version__
-                answer: dict[str, Any] = {"versions": {"openvino-genai": version}}
-            else:
-                answer = getattr(worker, ask["kind"])(ask)
-        except Exception as error:  # whoever asked must hear of it, whatever it was
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,13 @@
-"""Times transformers' own `generate` on demand: `python transformers_worker.py`, JSON lines.
+"""Times transformers' own `generate` on demand (see `answers`).
 
-The first line names the checkpoint, the threads and the dtype; then a question a line, as for the
-other workers. Static batches, its default cache, no compilation.
+Its setup names the checkpoint, the threads and the dtype. Static batches, its default cache, no
+compilation.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
+from importlib.metadata import version
 from typing import Any
 
 
@@ -20,6 +18,7 @@ class Worker:
         import torch
         from transformers import AutoModelForCausalLM
 
+        self.versions = {name: version(name) for name in ("torch", "transformers")}
         torch.set_num_threads(setup["threads"])
         self._torch = torch
         dtype = getattr(torch, setup["dtype"])
@@ -74,32 +73,3 @@ class Worker:
                 pad_token_id=0,
                 streamer=streamer,
             )
-
-
-def main() -> None:
-    """Answer until standard input ends."""
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
-    worker: Worker | None = None
-    for line in sys.stdin:
-        ask = json.loads(line)
-        try:
-            if worker is None:
-                worker = Worker(ask)
-                answer: dict[str, Any] = {"versions": _versions()}
-            else:
-                answer = getattr(worker, ask["kind"])(ask)
-        except Exception as error:  # whoever asked must hear of it, whatever it was
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        out.write(json.dumps(answer) + "\n")
-        out.flush()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers")}
-
-
-if __name__ == "__main__":
-    main()

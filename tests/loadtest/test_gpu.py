@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +12,8 @@ from typer.testing import CliRunner
 
 from loadtest import gpu
 from loadtest.__main__ import app
-from loadtest.peers.child import EngineError
-from loadtest.shapes import Shape
+from loadtest.peers.child import Child, EngineError
+from loadtest.shapes import SHAPES, Shape
 
 
 class _Engine:
@@ -98,3 +100,27 @@ def test_without_a_gpu_it_says_so() -> None:
     found = CliRunner().invoke(app, ["compare", "cuda", "--shape", "tiny"])
     assert found.exit_code == 1
     assert "no CUDA device" in found.output
+
+
+def test_every_way_of_transformers_makes_its_tokens() -> None:
+    """The worker itself, on the CPU: it counts the tokens that continuous batching returned."""
+    folder = Path(gpu.__file__).parent / "peers"
+    script = [str(folder / "answers.py"), str(folder / "gpu_worker.py")]
+    config = SHAPES["tiny"].config()
+    setup = {"config": config, "device": "cpu", "memory_share": 0.02}
+    ask = {"batch": 3, "prompt": 20, "tokens": 4}
+    with Child("transformers", [sys.executable, *script], {"OMP_NUM_THREADS": "1"}) as child:
+        assert {"torch", "transformers"} == set(child.ask(setup)["versions"])
+        for way in ("generate", "compiled"):
+            found = child.ask(ask | {"kind": "decode", "way": way, "batch": 1})
+            assert found["tokens"] == 4
+            assert found["seconds"] > 0
+        for way in ("generate_batch", "generate", "generate_batch"):
+            found = child.ask(ask | {"kind": "streams", "way": way})
+            assert found["tokens"] == 12
+            assert found["seconds"] > 0
+        assert child.ask(ask | {"kind": "prefill", "way": "generate"})["tokens"] == 4
+        with pytest.raises(EngineError, match="takes one"):
+            child.ask(ask | {"kind": "decode", "way": "generate"})
+        with pytest.raises(EngineError, match="cannot be asked"):
+            child.ask(ask | {"kind": "_ids"})
