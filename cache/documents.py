@@ -7,8 +7,10 @@ pub/sub, and whatever either side missed is evened out when the subscription (re
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
+import random
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator
@@ -29,6 +31,8 @@ from cache.threads import in_thread
 log = logging.getLogger(__name__)
 
 Doc = dict[str, Any]
+ChangeFn = Callable[[Doc | None], Doc | None]
+"""A document's new content from its newest one (None: it is not there, or shall not be)."""
 WatchFn = Callable[[str, Doc | None], Awaitable[None] | None]
 """Called with a document's name and its new content, or None when it was deleted."""
 
@@ -36,6 +40,7 @@ MAX_BYTES = 2**20
 CHANNEL = "documents"
 _FORGET_SECONDS = 7 * 86_400  # deletions older than this need no trace: every replica knows
 _SUFFIX = ".json"
+_TRIES = 100  # of an update whose document others keep writing
 
 # A value in the hash is `<version> <JSON of entry>`. Mode `next` numbers it after all that is
 # known, `exact` stores it only if it is newer; returns the version now there and 1 if stored.
@@ -46,6 +51,8 @@ local version = tonumber(ARGV[3])
 if ARGV[4] == 'next' then
   if last > version then version = last end
   version = version + 1
+elseif ARGV[4] == 'after' then
+  if last ~= tonumber(ARGV[7]) then return {last, 0} end
 elseif last >= version then
   return {last, 0}
 end
@@ -92,13 +99,27 @@ class Documents:
             CacheError: a bad name, a document over 1 MiB or not JSON, or a disk that cannot be
                 written.
         """
-        try:
-            size = len(orjson.dumps(doc))
-        except TypeError as error:
-            raise CacheError(f"document {namespace}/{name} is not JSON: {error}") from None
-        if size > MAX_BYTES:
-            raise CacheError(f"document {namespace}/{name} has {size} bytes; {MAX_BYTES} may be")
+        _check_size(namespace, name, doc)
         await self._store(namespace, name, doc)
+
+    async def update(self, namespace: str, name: str, change: ChangeFn) -> Doc | None:
+        """Store what `change` makes of the newest version, which nobody overwrites meanwhile.
+
+        `change` is pure; it is called again when another writer was first, and perhaps from another
+        thread. What it raises ends the update, and nothing has changed.
+
+        Raises:
+            CacheError: as `put`; or others keep writing the document.
+        """
+        self._listen()
+        check_namespace(namespace), check_name(name)
+        for _ in range(_TRIES):
+            entry = await self._try_update(namespace, name, change)
+            if entry is not None:
+                await self._changed(namespace, name, entry)
+                return entry.doc
+            await asyncio.sleep(random.uniform(0, 0.01))  # noqa: S311 - spreads the next tries
+        raise CacheError(f"document {namespace}/{name} is being written by too many at once")
 
     async def delete(self, namespace: str, name: str) -> bool:
         """Delete it everywhere. False when there was none."""
@@ -152,21 +173,40 @@ class Documents:
             entry = await in_thread(self._write_next, namespace, name, entry)
         await self._changed(namespace, name, entry)
 
-    async def _push(self, namespace: str, name: str, entry: _Entry, mode: str) -> list[int]:
+    async def _try_update(self, namespace: str, name: str, change: ChangeFn) -> _Entry | None:
+        """The version stored; None when another writer was first."""
+        try:
+            there = await self._fetch(namespace, name)
+            newest = max(there, await in_thread(self._read, namespace, name), key=_version)
+            entry = _next(namespace, name, newest, change)
+            answer = await self._push(namespace, name, entry, "after", there.version)
+        except RedisAway:
+            return await in_thread(self._write_changed, namespace, name, change)
+        if not answer[1]:
+            return None
+        await in_thread(self._write, namespace, name, entry)
+        return entry
+
+    async def _push(
+        self, namespace: str, name: str, entry: _Entry, mode: str, after: int = 0
+    ) -> list[int]:
         if self._redis is None:
             raise RedisAway("none configured")
         value = orjson.dumps({"at": entry.at, "doc": entry.doc})
         answer: list[int] = await self._redis.link.command(
             "EVAL", _STORE, 1, self._hash(namespace), name, value, entry.version, mode,
-            self._redis.bus.channel(CHANNEL), f"{namespace} {name}",
+            self._redis.bus.channel(CHANNEL), f"{namespace} {name}", after,
         )  # fmt: skip
         return answer
 
+    async def _fetch(self, namespace: str, name: str) -> _Entry:
+        if self._redis is None:
+            raise RedisAway("none configured")
+        return _parse(await self._redis.link.command("HGET", self._hash(namespace), name))
+
     async def _remote(self, namespace: str, name: str) -> _Entry:
-        if self._redis is not None:
-            with suppress(RedisAway):
-                value = await self._redis.link.command("HGET", self._hash(namespace), name)
-                return _parse(value)
+        with suppress(RedisAway):
+            return await self._fetch(namespace, name)
         return _NOTHING
 
     async def _remote_all(self, namespace: str) -> dict[str, _Entry]:
@@ -271,6 +311,13 @@ class Documents:
             write_atomic(self._path(namespace, name), entry.model_dump_json().encode())
         return entry
 
+    def _write_changed(self, namespace: str, name: str, change: ChangeFn) -> _Entry:
+        """Store what `change` makes of the version on disk."""
+        with self._locked(namespace):
+            entry = _next(namespace, name, self._read(namespace, name), change)
+            write_atomic(self._path(namespace, name), entry.model_dump_json().encode())
+        return entry
+
     @contextmanager
     def _locked(self, namespace: str) -> Iterator[None]:
         folder = self._folder / namespace
@@ -278,6 +325,26 @@ class Documents:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with exclusive(folder / ".lock"):
                 yield
+
+
+def _next(namespace: str, name: str, last: _Entry, change: ChangeFn) -> _Entry:
+    doc = change(last.doc)
+    if doc is not None:
+        _check_size(namespace, name, doc)
+    return _Entry(version=last.version + 1, at=time.time(), doc=doc)
+
+
+def _check_size(namespace: str, name: str, doc: Doc) -> None:
+    """
+    Raises:
+        CacheError: not JSON, or over 1 MiB.
+    """
+    try:
+        size = len(orjson.dumps(doc))
+    except TypeError as error:
+        raise CacheError(f"document {namespace}/{name} is not JSON: {error}") from None
+    if size > MAX_BYTES:
+        raise CacheError(f"document {namespace}/{name} has {size} bytes; {MAX_BYTES} may be")
 
 
 def _parse(value: bytes | None) -> _Entry:

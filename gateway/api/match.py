@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from gateway.api.auth import Caller
 from gateway.api.deps import Services
 from gateway.api.prepare import Wanted
+from gateway.policy.matching import RequestFacts
 from gateway.policy.policy import Policy
-from gateway.policy.store import RequestFacts
 
 
 def policy_for(

@@ -10,8 +10,8 @@ from fastapi import APIRouter, Request, Response
 from gateway.api.deps import Using
 from gateway.api.schemas import body_schema, read_body
 from gateway.errors import InvalidRequest
+from gateway.policy.parse import parse_policy
 from gateway.policy.policy import Policy
-from gateway.policy.store import parse_policy
 
 router = APIRouter(tags=["Pressgate"])
 

@@ -10,8 +10,8 @@ from pydantic import ValidationError
 
 from gateway.config import Settings
 from gateway.errors import ConfigError
+from gateway.policy.parse import problems
 from gateway.policy.policy import Policy
-from gateway.policy.store import problems
 
 MAX_BYTES: Final = 2**20
 _MAX_NODES: Final = 50_000  # a small file can unfold to any size through aliases

@@ -1,72 +1,41 @@
-"""The policies in force: configured ones, overlaid by those set over HTTP.
+"""The policies in force: configured ones, overlaid by those set over HTTP, with their history.
 
 Reads come from one immutable table that is replaced as a whole, so a request sees either the old
-policies or the new ones. Writes are persisted as documents first, then take effect; other replicas
-follow through the document store.
+policies or the new ones. A write appends a version to the policy's stored history and takes effect
+then; other replicas follow through the document store.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Iterable, Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, Final
-
-from pydantic import ValidationError
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final, TypeVar
 
 from cache.documents import Documents
 from cache.errors import CacheError
-from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
+from gateway.errors import Conflict, InvalidRequest, Unavailable
+from gateway.policy.canary import Arm, Plan, Split
+from gateway.policy.inherit import BrokenChain, lineage, resolve_all, resolved
+from gateway.policy.matching import RequestFacts, Table
+from gateway.policy.parse import parse_policy, written
 from gateway.policy.policy import DEFAULT, Policy
+from gateway.policy.rollout import Rollouts
+from gateway.policy.versions import CONFIGURED, By, History, Kind, Version, read_history
 
 log = logging.getLogger(__name__)
 
 NAMESPACE: Final = "policies"
 MAX_STORED: Final = 256
+LOCAL: Final = By()
+T = TypeVar("T")
+OnEvent = Callable[[str, Kind], None]
+OnOutcome = Callable[[str, Arm, bool], None]
 
 
-@dataclass(frozen=True, slots=True)
-class RequestFacts:
-    """What a policy may match on. `api_key` is the key's name, None when no keys are in use;
-    header names are compared without case, values exactly."""
-
-    api_key: str | None
-    path: str
-    model: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-
-def parse_policy(name: str, document: object) -> Policy:
-    """A policy from outside.
-
-    Raises:
-        InvalidRequest: names each field at fault and what is allowed there.
-    """
-    if not isinstance(document, dict):
-        raise InvalidRequest("a policy is an object of fields", param="body")
-    if document.get("name", name) != name:
-        raise InvalidRequest(f"name: must be {name!r}, as in the path", param="name")
-    try:
-        return Policy.model_validate({**document, "name": name})
-    except ValidationError as error:
-        first = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise InvalidRequest("; ".join(problems(error)), param=first) from None
-
-
-def problems(error: ValidationError) -> list[str]:
-    """One line per fault of a policy: the field, what is wrong, what is allowed."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            inside = item["loc"][0] == "match" and len(item["loc"]) > 1
-            known = Policy.model_fields["match"].default.__class__ if inside else Policy
-            lines.append(f"{where}: unknown; allowed are {', '.join(known.model_fields)}")
-        else:
-            lines.append(f"{where}: {item['msg']}")
-    return lines
+def _unheard(*_: object) -> None:
+    """For those who do not count."""
 
 
 class PolicyStore:
@@ -74,79 +43,118 @@ class PolicyStore:
 
     Args:
         configured: from the configuration; `default` is added when it is not among them.
-        documents: where policies set over HTTP live.
+        documents: where histories of policies set over HTTP live.
+        clock: Unix seconds.
+        on_event: told of every version made here: the policy's name and the kind of change.
+        on_outcome: told of every outcome of a rollout: the policy's name, the arm, met or not.
     """
 
-    def __init__(self, configured: Iterable[Policy], documents: Documents) -> None:
+    def __init__(
+        self,
+        configured: Iterable[Policy],
+        documents: Documents,
+        *,
+        clock: Callable[[], float] = time.time,
+        on_event: OnEvent = _unheard,
+        on_outcome: OnOutcome = _unheard,
+    ) -> None:
         self._configured = {policy.name: policy for policy in (DEFAULT, *configured)}
         self._documents = documents
+        self._clock = clock
+        self._on_event = on_event
         self._writing = asyncio.Lock()
-        self._swap({})
+        self._histories: dict[str, History] = {}
+        self._stored: dict[str, Policy] = {}
+        self._watching = False
+        self._table = Table({})
+        self.rollouts = Rollouts(documents, self._fallback, on_outcome)
+        self._swap()
 
     async def load(self) -> None:
         """Read what is stored and follow every later change, made here or by another replica."""
         await self._documents.watch(NAMESPACE, self._changed)
+        self._watching = True
         for name, document in (await self._documents.all(NAMESPACE)).items():
-            self._changed(name, document)
+            self._take(name, document)
+        self._swap()
+        await self.rollouts.load()
+
+    async def close(self) -> None:
+        """Store what rollouts have counted."""
+        await self.rollouts.close()
+
+    # -- reading ----------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> Table:
+        """All policies as they are now, with everything they inherit."""
+        return self._table
 
     def match(self, facts: RequestFacts, named: str | None = None) -> Policy:
-        """The policy of a request: the one it names, else the most specific that matches it, else
-        `default`.
-
-        A caller whose key some policy lists may name only policies that list it: an operator who
-        binds a key to bounds must not be escaped by a name. Headers and paths are chosen by the
-        caller, so the policies that match them bind nobody.
-
-        Raises:
-            NotFound: no policy is called `named`; the message lists those that are.
-            Forbidden: `named` is reserved for other API keys, or the caller's key is bound to
-                others; the message lists those.
-        """
-        if named is not None:
-            policy = self.get(named)
-            if facts.api_key is not None:
-                self._check_key(policy, facts.api_key)
-            return policy
-        headers: Mapping[str, str] = {}
-        if self._by_header:
-            headers = {name.lower(): value for name, value in facts.headers.items()}
-        fitting = (policy for policy in self._matching if _matches(policy, facts, headers))
-        return next(fitting, self._active[DEFAULT.name])
+        """The policy of a request; see `Table.match`."""
+        return self._table.match(facts, named)
 
     def get(self, name: str) -> Policy:
-        """
-        Raises:
-            NotFound: the message lists the names there are.
-        """
-        policy = self._active.get(name)
-        if policy is None:
-            known = ", ".join(sorted(self._active))
-            raise NotFound(f"no policy {name!r}; there are: {known}", param="sla.policy")
-        return policy
+        """The policy with everything it inherits; see `Table.get`."""
+        return self._table.get(name)
 
     def list(self) -> list[Policy]:
         """Every policy, the first to match first; `default` last."""
-        return sorted(self._active.values(), key=_order)
+        return self._table.ordered()
 
-    async def put(self, policy: Policy) -> None:
-        """Create or replace a policy, here and on every replica. A configured one is overridden.
+    def history(self, name: str) -> History:
+        """Every version that is remembered, oldest first; what the configuration holds is version
+        0. Deleted policies keep theirs.
 
         Raises:
-            Conflict: too many policies. Unavailable: it cannot be stored; nothing has changed.
+            NotFound.
+        """
+        stored = self._histories.get(name, History())
+        if name not in self._configured:
+            if not stored.versions:
+                self.get(name)
+            return stored
+        base = Version(
+            version=CONFIGURED,
+            author="configuration",
+            kind="configured",
+            document=written(self._configured[name]),
+        )
+        return History(versions=(base, *stored.versions))
+
+    def split(self, name: str) -> Split | None:
+        """Both arms of a policy while a candidate for it is tried."""
+        return self._table.splits.get(name)
+
+    def observe(self, policy: Policy, *, met: bool) -> None:
+        """A request that `match` gave this policy has ended: did it keep all its bounds?"""
+        self.rollouts.observe(policy, met=met)
+
+    # -- writing ----------------------------------------------------------------------------------
+
+    async def put(self, policy: Policy, by: By = LOCAL) -> Version:
+        """Create or replace a policy, here and on every replica. A configured one is overridden;
+        a candidate that is being tried is dropped.
+
+        Raises:
+            InvalidRequest: `extends` is no policy, or leads back. Conflict: too many policies.
+            Unavailable: it cannot be stored; nothing has changed.
         """
         async with self._writing:
-            if policy.name not in self._stored and len(self._stored) >= MAX_STORED:
-                raise Conflict(f"there are {MAX_STORED} stored policies already; delete some")
-            document = policy.model_dump(mode="json", exclude_defaults=True)
-            await self._persist(self._documents.put(NAMESPACE, policy.name, document))
-            self._swap({**self._stored, policy.name: policy})
+            await self._make_room(policy.name)
+            self._check_chain(policy)
+            document = written(policy)
+            return await self._append(
+                policy.name, lambda old: old.then("put", document, by, self._clock())
+            )
 
-    async def delete(self, name: str) -> None:
-        """Delete a stored policy; a configured one that it overrode is in force again.
+    async def delete(self, name: str, by: By = LOCAL) -> Version:
+        """Delete a stored policy; a configured one that it overrode is in force again. The history
+        stays.
 
         Raises:
-            NotFound: there is none of that name. Conflict: it comes from the configuration.
-            Unavailable: the deletion cannot be stored; nothing has changed.
+            NotFound: there is none of that name. Conflict: it comes from the configuration, or
+                others extend it. Unavailable: the deletion cannot be stored; nothing has changed.
         """
         async with self._writing:
             self.get(name)
@@ -155,72 +163,227 @@ class PolicyStore:
                     f"policy {name!r} comes from the configuration and cannot be deleted; "
                     "it can be overridden"
                 )
-            await self._persist(self._documents.delete(NAMESPACE, name))
-            self._swap({key: value for key, value in self._stored.items() if key != name})
+            self._check_without(name)
+            return await self._append(name, lambda old: old.then("delete", None, by, self._clock()))
 
-    def _check_key(self, policy: Policy, key: str) -> None:
-        keys = policy.match.api_key
-        if key in keys:
-            return
-        own = sorted(other.name for other in self._active.values() if key in other.match.api_key)
-        if own:
-            raise Forbidden(
-                f"policy {policy.name!r} is not for this API key; it may name: {', '.join(own)}",
-                param="sla.policy",
+    async def rollback(self, name: str, number: int, by: By = LOCAL) -> Version:
+        """Put an earlier version in force again, as a new version.
+
+        Raises:
+            NotFound: no such policy or version. Conflict: the version cannot be restored.
+            InvalidRequest: what it extends is gone. Unavailable: it cannot be stored.
+        """
+        async with self._writing:
+            document = self.history(name).get(number).document
+            if number == CONFIGURED:
+                document = None  # the configuration's own is in force where nothing is stored
+            if document is None:
+                self._check_without(name)
+            else:
+                await self._make_room(name)
+                self._check_chain(parse_policy(name, document))
+            return await self._append(
+                name, lambda old: old.then("rollback", document, by, self._clock(), of=number)
             )
-        if keys:
-            raise Forbidden(f"policy {policy.name!r} is not for this API key", param="sla.policy")
 
-    async def _persist(self, write: Coroutine[Any, Any, object]) -> None:
+    async def start_canary(self, candidate: Policy, plan: Plan, by: By = LOCAL) -> Version:
+        """Try a candidate for the policy of its name on a share of that policy's requests. The same
+        candidate again, with a larger share, keeps those who have it.
+
+        Raises:
+            NotFound: there is no such policy yet. InvalidRequest: the candidate matches other
+                requests than the policy does, or extends what it cannot. Unavailable.
+        """
+        async with self._writing:
+            stable = self.get(candidate.name)
+            if candidate.match != stable.match:
+                raise InvalidRequest(
+                    f"match: must be as in {candidate.name!r} itself: whom a policy applies to "
+                    "cannot be tried on a share of those it applies to",
+                    param="policy.match",
+                )
+            self._check_chain(candidate)
+            document = written(candidate)
+
+            def begin(old: History) -> History:
+                trial = old.trial
+                same = trial is not None and trial.document == document
+                first = (trial.of or trial.version) if same and trial is not None else None
+                return old.then("canary", document, by, self._clock(), of=first, plan=plan)
+
+            return await self._append(candidate.name, begin)
+
+    async def promote(self, name: str, by: By = LOCAL) -> Version:
+        """Put the candidate in force for everybody.
+
+        Raises:
+            NotFound. Conflict: none is being tried. Unavailable.
+        """
+        self.get(name)
+        async with self._writing:
+
+            def promoted(old: History) -> History:
+                trial = old.trying()
+                return old.then("promote", trial.document, by, self._clock(), of=trial.version)
+
+            return await self._append(name, promoted)
+
+    async def abort(self, name: str, by: By = LOCAL) -> Version:
+        """Stop trying the candidate; the policy in force serves everybody.
+
+        Raises:
+            NotFound. Conflict: none is being tried. Unavailable.
+        """
+        self.get(name)
+        async with self._writing:
+            return await self._append(name, lambda old: self._end(old, "abort", by))
+
+    async def _fallback(self, name: str, number: int, why: str) -> None:
+        """The candidate of version `number` attains too little."""
+        by = By(author="pressgate", comment=why)
+
+        def ended(old: History) -> History:
+            if old.trial is None or old.trial.version != number:
+                raise Conflict("another replica was first")
+            return self._end(old, "fallback", by)
+
+        async with self._writing:
+            try:
+                await self._append(name, ended)
+            except Conflict:
+                return
+        log.warning("policy %s: candidate of version %d is dropped: %s", name, number, why)
+
+    def _end(self, old: History, kind: Kind, by: By) -> History:
+        return old.then(kind, old.document, by, self._clock(), of=old.trying().version)
+
+    async def _append(self, name: str, change: Callable[[History], History]) -> Version:
+        """Store one version more of a policy, after whatever is stored by then, and follow it.
+
+        Raises:
+            Unavailable: it cannot be stored; nothing has changed.
+        """
+
+        def changed(document: dict[str, Any] | None) -> dict[str, Any]:
+            return change(_history_of(name, document)).stored()
+
+        document = await self._persist(self._documents.update(NAMESPACE, name, changed))
+        if not self._watching:
+            self._changed(name, document)
+        version = _history_of(name, document).versions[-1]
+        self._on_event(name, version.kind)
+        return version
+
+    async def _persist(self, write: Awaitable[T]) -> T:
         try:
-            await write
+            return await write
         except (CacheError, OSError) as error:
             raise Unavailable(f"the policy cannot be stored: {error}", retry_after=30) from error
 
+    # -- checks -----------------------------------------------------------------------------------
+
+    async def _make_room(self, name: str) -> None:
+        """Where there are too many histories, forget one whose policy is gone.
+
+        Raises:
+            Conflict: none is gone.
+        """
+        if name in self._histories or len(self._histories) < MAX_STORED:
+            return
+        gone = [
+            (history.versions[-1].at, other)
+            for other, history in self._histories.items()
+            if other not in self._table.policies
+        ]
+        if not gone:
+            raise Conflict(f"there are {MAX_STORED} stored policies already; delete some")
+        _, oldest = min(gone)
+        await self._persist(self._documents.delete(NAMESPACE, oldest))
+        self._histories.pop(oldest, None)
+
+    def _check_chain(self, policy: Policy) -> None:
+        """
+        Raises:
+            InvalidRequest: the policy extends none that there is, or in the end itself.
+        """
+        try:
+            lineage(policy, {**self._written(), policy.name: policy})
+        except BrokenChain as error:
+            raise InvalidRequest(f"extends: {error}", param="extends") from None
+
+    def _check_without(self, name: str) -> None:
+        """
+        Raises:
+            Conflict: without what is stored of `name`, others would extend what they cannot.
+        """
+        stored = {other: policy for other, policy in self._stored.items() if other != name}
+        _, broken = resolve_all({**self._configured, **stored})
+        heirs = ", ".join(sorted(broken.keys() - {name}))
+        if heirs:
+            raise Conflict(f"policy {name!r} is extended by {heirs}; change or delete those first")
+
+    # -- following --------------------------------------------------------------------------------
+
     def _changed(self, name: str, document: dict[str, Any] | None) -> None:
         """The store says that `name` is now `document` (None: deleted)."""
-        others = {key: value for key, value in self._stored.items() if key != name}
-        if document is not None:
-            try:
-                others[name] = parse_policy(name, document)
-            except InvalidRequest as error:
-                log.warning("stored policy %s is left out: %s", name, error.message)
-                return
-        self._swap(others)
+        self._take(name, document)
+        self._swap()
 
-    def _swap(self, stored: dict[str, Policy]) -> None:
-        self._stored: Mapping[str, Policy] = MappingProxyType(stored)
-        self._active: Mapping[str, Policy] = MappingProxyType(self._configured | stored)
-        # Those that match at all, the first to match first.
-        self._matching = [policy for policy in self.list() if _conditions(policy)]
-        self._by_header = any(policy.match.header for policy in self._matching)
+    def _take(self, name: str, document: dict[str, Any] | None) -> None:
+        try:
+            history = read_history(document) if document is not None else History()
+            current = history.document
+            policy = None if current is None else parse_policy(name, current)
+        except (ValueError, InvalidRequest) as error:
+            log.warning("stored policy %s is left out: %s", name, error)
+            return
+        self._histories.pop(name, None)
+        self._stored.pop(name, None)
+        if history.versions:
+            self._histories[name] = history
+        if policy is not None:
+            self._stored[name] = policy
+
+    def _written(self) -> dict[str, Policy]:
+        """As they were written, before anything is inherited."""
+        return {**self._configured, **self._stored}
+
+    def _swap(self) -> None:
+        """What is unchanged stays the same object: requests under way are counted by it."""
+        active, broken = resolve_all(self._written())
+        for name, error in broken.items():
+            log.warning("policy %s inherits nothing: %s", name, error)
+        for name, policy in self._table.policies.items():
+            if active.get(name) == policy:
+                active[name] = policy
+        splits = {}
+        for name, history in self._histories.items():
+            if history.trial is not None and name in active:
+                split = self._split(active[name], history.trial)
+                if split is not None:
+                    splits[name] = (split, history.trial.version)
+        self._table = Table(active, {name: split for name, (split, _) in splits.items()})
+        self.rollouts.follow(splits)
+
+    def _split(self, stable: Policy, trial: Version) -> Split | None:
+        """Both arms; None when the candidate cannot be used here."""
+        assert trial.plan is not None, "a trial has a plan"
+        try:
+            given = parse_policy(stable.name, trial.document)
+            candidate = resolved(given, {**self._written(), stable.name: given})
+        except (InvalidRequest, BrokenChain) as error:
+            log.warning("candidate for policy %s is left out: %s", stable.name, error)
+            return None
+        before = self._table.splits.get(stable.name)
+        if before is not None and before.canary == candidate:
+            candidate = before.canary
+        return Split(stable, candidate, trial.plan, f"{stable.name} {trial.of or trial.version}")
 
 
-def _matches(policy: Policy, facts: RequestFacts, headers: Mapping[str, str]) -> bool:
-    match = policy.match
-    return (
-        (not match.api_key or facts.api_key in match.api_key)
-        and match.path in (None, facts.path)
-        and match.model in (None, facts.model)
-        and all(headers.get(name.lower()) == value for name, value in match.header.items())
-    )
-
-
-def _conditions(policy: Policy) -> int:
-    match = policy.match
-    given = bool(match.api_key) + (match.path is not None) + (match.model is not None)
-    return given + len(match.header)
-
-
-def _order(policy: Policy) -> tuple[bool, int, bool, int, bool, str]:
-    """Most conditions first; among equals a key counts more than a header, more than a model, more
-    than a path; `default` comes last."""
-    match = policy.match
-    return (
-        policy.name == DEFAULT.name,
-        -_conditions(policy),
-        not match.api_key,
-        -len(match.header),
-        match.model is None,
-        policy.name,
-    )
+def _history_of(name: str, document: dict[str, Any] | None) -> History:
+    """What is stored; what cannot be read is written anew."""
+    try:
+        return read_history(document) if document is not None else History()
+    except ValueError as error:
+        log.warning("the history of policy %s cannot be read: %s", name, error)
+        return History()

@@ -13,8 +13,10 @@ import pytest
 from cache.documents import Documents
 from cache.redis import RedisStore
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
+from gateway.policy.matching import RequestFacts
+from gateway.policy.parse import parse_policy
 from gateway.policy.policy import Match, Policy
-from gateway.policy.store import MAX_STORED, NAMESPACE, PolicyStore, RequestFacts, parse_policy
+from gateway.policy.store import MAX_STORED, NAMESPACE, PolicyStore
 from tests.support.redis_server import RedisServer
 
 FAST = Policy(name="fast", match=Match(path="/v1/chat/completions"), tpot_ms=5)

@@ -29,22 +29,38 @@ OPEN = Policy(name="default", build=False)
 
 
 class Documents:
-    """Policies kept in a dict; one replica, so nobody is told."""
+    """Documents kept in a dict, for one replica."""
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], dict[str, Any]] = {}
+        self._watchers: list[tuple[str, Callable[..., None]]] = []
 
     async def put(self, namespace: str, name: str, document: dict[str, Any]) -> None:
-        self.kept[namespace, name] = document
+        await self.update(namespace, name, lambda _: document)
+
+    async def update(
+        self,
+        namespace: str,
+        name: str,
+        change: Callable[[dict[str, Any] | None], dict[str, Any]],
+    ) -> dict[str, Any]:
+        document = self.kept[namespace, name] = change(self.kept.get((namespace, name)))
+        for space, callback in self._watchers:
+            if space == namespace:
+                callback(name, document)
+        return document
 
     async def delete(self, namespace: str, name: str) -> None:
         self.kept.pop((namespace, name), None)
+        for space, callback in self._watchers:
+            if space == namespace:
+                callback(name, None)
 
     async def all(self, namespace: str) -> dict[str, dict[str, Any]]:
         return {name: doc for (space, name), doc in self.kept.items() if space == namespace}
 
     async def watch(self, namespace: str, callback: Callable[..., None]) -> None:
-        del namespace, callback
+        self._watchers.append((namespace, callback))
 
 
 class WatchedBackend(FakeBackend):
