@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ from gateway.engine.draw import Draw, launch
 from gateway.engine.groups import Group, Groups, LocalOptions
 from gateway.engine.job import Job
 from gateway.engine.runner import Model, forward_logits
-from gateway.engine.runners import StepRunner, make_runner
+from gateway.engine.runners import AheadRunner, StepRunner, make_runner
 from gateway.engine.sampler import Scored
 from gateway.engine.scheduler import Sequence as Tokens
 from gateway.engine.speculate import Level, Speculator, enlist, make_speculator
@@ -47,15 +46,6 @@ from gateway.errors import ModelError
 __all__ = ["AheadRunner", "Core", "Event", "Job", "LocalOptions"]
 
 log = logging.getLogger(__name__)
-
-
-class AheadRunner(StepRunner, Protocol):
-    """A runner whose calls only enqueue work on one stream of its device."""
-
-    def decode_from(self, batch: Sequence[Tokens], ids: Tensor) -> Tensor:
-        """`decode` with the sequences' last tokens from the device, `ids` int64 [batch]: some are
-        `scheduler.UNKNOWN` in the sequences themselves."""
-        ...
 
 
 Event = tuple[Job, TokenEvent | EngineError]

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from gateway.engine.acceptance import distributions, draw
+from gateway.engine.device_sampler import upload
 from gateway.engine.host_acceptance import Shares
-from gateway.engine.runners import StepRunner
+from gateway.engine.runners import AheadRunner, StepRunner
 from gateway.engine.sampler import RowState
+from gateway.engine.scheduler import UNKNOWN
 from gateway.engine.scheduler import Sequence as Tokens
 
 _GRAMS = (4, 3, 2)  # tokens at the end that must have occurred before, the longest first
@@ -74,6 +76,7 @@ class LevelDrafter:
     def __init__(self, name: str, runner: StepRunner) -> None:
         self.name = name
         self._runner = runner
+        self._ahead = runner if isinstance(runner, AheadRunner) else None
 
     def most(self, seq: Tokens, row: RowState) -> int:
         """See `Drafter.most`."""
@@ -83,36 +86,94 @@ class LevelDrafter:
         self, batch: Sequence[Tokens], rows: Sequence[RowState], counts: Sequence[int]
     ) -> Draft:
         """See `Drafter.propose`. Token by token, greedy rows by their best, others drawn."""
-        tokens: list[list[int]] = [[] for _ in batch]
+        lengths = [len(seq.tokens) for seq in batch]
         seen = [row.counts.copy() if row.penalised else None for row in rows]
-        sampled = any(row.random for row in rows)
-        shares: list[list[Shares]] = [[] for _ in batch]
-        probs: Tensor | None = None
         try:
-            for step in range(max(counts)):
-                active = [i for i, count in enumerate(counts) if count > step]
-                logits = self._runner.decode([batch[i] for i in active])
-                if logits.device.type == "cpu":
-                    places = [shares[i] for i in active]
-                    drawn = _next_on_host(logits, [rows[i] for i in active], places)
-                else:
-                    if sampled and probs is None:
-                        shape = (len(batch), max(counts), logits.shape[1])
-                        probs = torch.zeros(shape, dtype=logits.dtype, device=logits.device)
-                    drawn, found = _next(logits, [rows[i] for i in active])
-                    if probs is not None and found is not None:
-                        probs[torch.tensor(active, device=logits.device), step] = found
-                for i, token in zip(active, drawn, strict=True):
-                    tokens[i].append(token)
-                    batch[i].tokens.append(token)
-                    if rows[i].penalised:
-                        rows[i].counts[token] += 1
+            if self._ahead is not None and not any(row.adjusted for row in rows):
+                return _on_device(self._ahead, batch, rows, counts)
+            return _step_by_step(self._runner, batch, rows, counts)
         finally:
-            for seq, row, made, before in zip(batch, rows, tokens, seen, strict=True):
-                del seq.tokens[len(seq.tokens) - len(made) :]
+            for seq, row, length, before in zip(batch, rows, lengths, seen, strict=True):
+                del seq.tokens[length:]
                 if before is not None:
                     row.counts = before
-        return Draft(tokens, shares if sampled and probs is None else probs)
+
+
+def _step_by_step(
+    runner: StepRunner, batch: Sequence[Tokens], rows: Sequence[RowState], counts: Sequence[int]
+) -> Draft:
+    """A draft whose every token is known before the next one is computed; it is left at the end of
+    `batch` and in the rows' counts."""
+    tokens: list[list[int]] = [[] for _ in batch]
+    shares: list[list[Shares]] = [[] for _ in batch]
+    probs = _Probs(rows, max(counts))
+    for step in range(max(counts)):
+        active = [i for i, count in enumerate(counts) if count > step]
+        logits = runner.decode([batch[i] for i in active])
+        if logits.device.type == "cpu":
+            places = [shares[i] for i in active]
+            drawn = _next_on_host(logits, [rows[i] for i in active], places)
+        else:
+            picked, found = _next(logits, [rows[i] for i in active])
+            probs.note(step, active, found)
+            drawn = picked.tolist()
+        for i, token in zip(active, drawn, strict=True):
+            tokens[i].append(token)
+            batch[i].tokens.append(token)
+            if rows[i].penalised:
+                rows[i].counts[token] += 1
+    if any(row.random for row in rows) and probs.lines is None:
+        return Draft(tokens, shares)
+    return Draft(tokens, probs.lines)
+
+
+def _on_device(
+    runner: AheadRunner, batch: Sequence[Tokens], rows: Sequence[RowState], counts: Sequence[int]
+) -> Draft:
+    """`_step_by_step` for rows that nothing adjusts: the device goes from step to step by itself,
+    and the host reads all tokens at the end. Leaves unknown ones at the end of `batch`."""
+    picked: list[tuple[list[int], Tensor]] = []  # rows of a step, and their tokens
+    probs = _Probs(rows, max(counts))
+    for step in range(max(counts)):
+        active = [i for i, count in enumerate(counts) if count > step]
+        views = [batch[i] for i in active]
+        if not picked:
+            logits = runner.decode(views)
+        else:
+            before, ids = picked[-1]
+            if len(before) > len(active):
+                ids = ids[upload([before.index(i) for i in active], torch.long, ids.device)]
+            logits = runner.decode_from(views, ids)
+        following, found = _next(logits, [rows[i] for i in active])
+        probs.note(step, active, found)
+        picked.append((active, following))
+        for seq in views:
+            seq.tokens.append(UNKNOWN)
+    tokens: list[list[int]] = [[] for _ in batch]
+    if picked:
+        drawn = iter(torch.cat([ids for _, ids in picked]).tolist())
+        for active, _ in picked:
+            for i in active:
+                tokens[i].append(next(drawn))
+    return Draft(tokens, probs.lines)
+
+
+class _Probs:
+    """What the tokens of sampled rows were drawn from: `lines` fp32 [rows, most, vocab], None as
+    long as nothing was drawn."""
+
+    def __init__(self, rows: Sequence[RowState], most: int) -> None:
+        self.lines: Tensor | None = None
+        self._shape = len(rows), most
+
+    def note(self, step: int, active: Sequence[int], found: Tensor | None) -> None:
+        """`found` [active, vocab]: of one step."""
+        if found is None:
+            return
+        if self.lines is None:
+            shape = (*self._shape, found.shape[1])
+            self.lines = torch.zeros(shape, dtype=found.dtype, device=found.device)
+        self.lines[upload(active, torch.long, found.device), step] = found
 
 
 def _next_on_host(
@@ -130,20 +191,21 @@ def _next_on_host(
     return tokens
 
 
-def _next(logits: Tensor, rows: Sequence[RowState]) -> tuple[list[int], Tensor | None]:
-    """A token per row, and what it was drawn from (zeros for greedy rows; None: all are)."""
+def _next(logits: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor | None]:
+    """A token per row, int64 [rows], and what it was drawn from (zeros for greedy rows; None: all
+    are)."""
     logits = adjusted(logits, rows)
     tokens = logits.argmax(-1)
     chosen = [i for i, row in enumerate(rows) if row.random]
     if not chosen:
-        return tokens.tolist(), None
-    index = torch.tensor(chosen, device=logits.device)
+        return tokens, None
+    index = upload(chosen, torch.long, logits.device)
     probs = torch.zeros_like(logits)
     probs[index] = distributions(logits[index], [rows[i].params for i in chosen])
     uniform = [rows[i].draw() for i in chosen]
-    drawn = torch.tensor(uniform, dtype=torch.float64, device=logits.device)
+    drawn = upload(uniform, torch.float64, logits.device)
     tokens[index] = draw(probs[index], drawn)
-    return tokens.tolist(), probs
+    return tokens, probs
 
 
 def adjusted(logits: Tensor, rows: Sequence[RowState]) -> Tensor:

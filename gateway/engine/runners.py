@@ -11,7 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -49,6 +49,16 @@ class StepRunner(Protocol):
     def prefill(self, chunks: Sequence[Chunk], every: Sequence[bool]) -> list[Tensor]:
         """Compute chunks; for each the fp32 logits [n, vocab] after its last token, or after all
         its tokens where `every` says so."""
+        ...
+
+
+@runtime_checkable
+class AheadRunner(StepRunner, Protocol):
+    """A runner whose calls only enqueue work on one stream of its device."""
+
+    def decode_from(self, batch: Sequence[Tokens], ids: Tensor) -> Tensor:
+        """`decode` with the sequences' last tokens from the device, `ids` int64 [batch]: some are
+        `scheduler.UNKNOWN` in the sequences themselves."""
         ...
 
 

@@ -2,115 +2,28 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from compressors.checkpoint import Checkpoint
-from compressors.kv_scheme import KVScheme
 from compressors.pipeline import compress
 from compressors.recipe import Recipe
 from compressors.tensor import LinearForm, StoredLinear
 from gateway.config import BUILTIN
-from gateway.engine import drafters, speculate
 from gateway.engine.acceptance import distributions
 from gateway.engine.base import EngineError, SamplingParams, TokenEvent
-from gateway.engine.core import Core, Job
-from gateway.engine.drafters import Draft, LookupDrafter
-from gateway.engine.host_acceptance import Shares
+from gateway.engine.core import Job
 from gateway.engine.kernels.store import pack
-from gateway.engine.payoff import Choice, Offer, Payoff
 from gateway.engine.runner import Model, VariantWeights, build_model, forward_logits
-from gateway.engine.sampler import RowState
-from gateway.engine.scheduler import Sequence as Tokens
 from gateway.engine.tokenizer import Tokenizer
 from gateway.variants.artifact import dense_weights
 
 from .chi_square import chi_square_tail
-from .conftest import VOCAB, request, run, small_core, steps, text_of, tokens_of, weights_of
-
-Maker = Callable[[str], Path]
-_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, _CUDA])]
-
-
-class Always(Payoff):
-    """Drafts `most` tokens for whoever may have some, whatever it costs."""
-
-    most = 3
-
-    def due(self, batch: int) -> bool:
-        return True
-
-    def choose(
-        self, batch: int, offers: Mapping[str, Sequence[Offer]], places: int
-    ) -> Choice | None:
-        for name, rows in offers.items():
-            counts, left = [], places - batch
-            for row in rows:
-                counts.append(min(row.most, self.most, left))
-                left -= counts[-1]
-            if any(counts):
-                return Choice(name, counts)
-        return None
-
-
-def speculating(core: Core, most: int = 3) -> Core:
-    """Make every variant speculate on every step it may."""
-    for variant in core._variants.values():
-        if variant.speculator is not None:
-            variant.speculator.payoff = Always()
-            variant.speculator.payoff.most = most
-    return core
-
-
-@cache
-def exact(folder: Path, device: str = "cpu") -> Model:
-    """The checkpoint's model; of one core at a time."""
-    return build_model(weights_of(folder), device=device)
-
-
-@cache
-def blurred(folder: Path, noise: float, device: str = "cpu") -> Model:
-    """The checkpoint's model with noise on its weights: agrees with it now and then, and counts
-    as lighter."""
-    weights = weights_of(folder)
-    torch.manual_seed(5)
-    tensors = {n: t + noise * t.std() * torch.randn_like(t) for n, t in weights.tensors.items()}
-    blurry = VariantWeights(weights.config, tensors, {}, weights.dtype)
-    model = build_model(blurry, device=device)
-    object.__setattr__(model, "resident_bytes", 1)
-    return model
-
-
-def pair(folder: Path, tokenizer: Tokenizer, noise: float = 0.1, **options: Any) -> Core:
-    """A core with a target `m@big` and a level `m@small` that drafts for it."""
-    core = small_core(**{"speculate": "small", "max_num_seqs": 32} | options)
-    device = options.get("device", "cpu")
-    core.attach("m@big", exact(folder, device), tokenizer)
-    core.attach("m@small", blurred(folder, noise, device), tokenizer)
-    return speculating(core)
-
-
-def plain_core(folder: Path, tokenizer: Tokenizer) -> Core:
-    core = small_core()
-    core.attach("m@big", exact(folder), tokenizer)
-    return core
-
-
-def prompts(count: int, seed: int = 7) -> list[list[int]]:
-    rng = random.Random(seed)
-    return [[rng.randrange(3, VOCAB) for _ in range(rng.randint(1, 40))] for _ in range(count)]
-
-
-def jobs_of(requests: Sequence[Any], tokenizer: Tokenizer) -> list[Job]:
-    return [Job("m@big", item, tokenizer) for item in requests]
+from .conftest import request, run, small_core, steps, text_of, tokens_of
+from .speculating import DEVICES, Maker, exact, jobs_of, pair, plain_core, prompts, speculating
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
@@ -256,28 +169,6 @@ def test_sampled_runs_of_tokens_are_distributed_as_the_targets(
     assert chi_square_tail(observed, [*shares[1:], shares[0]]) < 1e-9  # it would notice
 
 
-def test_devices_judge_as_the_host_does() -> None:
-    """Both ways draw and keep the same tokens by the same numbers."""
-    params = SamplingParams(4, temperature=0.9, top_p=0.9)
-    generator = torch.Generator().manual_seed(3)
-    kept = 0
-    for seed in range(60):
-        first, second = (RowState(replace(params, seed=seed), []) for _ in range(2))
-        drafts = torch.randn(1, 50, generator=generator)
-        shares: list[Shares] = []
-        (token,) = drafters._next_on_host(drafts, [first], [shares])
-        (same,), probs = drafters._next(drafts, [second])
-        assert token == same
-        assert probs is not None
-        logits = drafts + 0.7 * torch.randn(2, 50, generator=generator)
-        given = [range(2)], [first], Draft([[token]], [shares]), [0]
-        host = speculate._judged_on_host(logits, *given)
-        given = [range(2)], [second], Draft([[token]], probs[None]), [0]
-        assert speculate._judged(logits, *given) == host
-        kept += len(host[0]) - 1
-    assert 10 < kept < 60
-
-
 def joint(model: Model, prompt: list[int], params: SamplingParams) -> dict[tuple[int, ...], float]:
     """Runs of `max_tokens` tokens after the prompt, with their probabilities."""
     runs: dict[tuple[int, ...], float] = {(): 1.0}
@@ -353,33 +244,6 @@ def test_a_stop_string_ends_a_run_of_accepted_tokens(
     assert events[-1].finish_reason == "stop"
 
 
-def test_lookup_repeats_what_was_said_before(checkpoint: Maker, bytes_tokenizer: Tokenizer) -> None:
-    folder = checkpoint("llama")
-    prompt = [*range(50, 70), 50, 51, 52]
-    drafter, row = LookupDrafter(), RowState(SamplingParams(8), prompt)
-    seq = Tokens("m", len(prompt), 8, list(prompt))
-    assert drafter.most(seq, row) == 8
-    assert drafter.propose([seq], [row], [4]).tokens == [[53, 54, 55, 56]]
-    seq.tokens += [53, 99]
-    assert drafter.most(seq, row) == 0
-    seq.tokens += [52, 53]  # two tokens that occurred twice: the later time counts
-    assert drafter.propose([seq], [row], [2]).tokens == [[99, 52]]
-    for temperature in (0.0, 1.0):  # repetitive or not, the answer is the plain one
-        asked = [request(p * 3, 20, temperature=temperature, seed=1) for p in prompts(4)]
-        plain = plain_core(folder, bytes_tokenizer)
-        expected = run(plain, jobs_of(asked, bytes_tokenizer))
-        core = small_core(speculate="lookup", max_num_seqs=32)
-        core.attach("m@big", exact(folder), bytes_tokenizer)
-        found = run(speculating(core), jobs_of(asked, bytes_tokenizer))
-        assert [tokens_of(e) for e in found] == [tokens_of(e) for e in expected]
-
-
-def test_lookup_finds_whole_tokens_only() -> None:
-    prompt = [0x00010000, 0x01000001, 7, 8, 9, 0x00000100, 0x00010000, 0x00000100]
-    seq = Tokens("m", len(prompt), 8, prompt)
-    assert LookupDrafter().most(seq, RowState(SamplingParams(8), prompt)) == 0
-
-
 def test_preempted_and_cancelled_in_the_middle(
     checkpoint: Maker, bytes_tokenizer: Tokenizer
 ) -> None:
@@ -408,46 +272,3 @@ def test_preempted_and_cancelled_in_the_middle(
         assert found[id(job)] == expected[index][: len(found[id(job)])]
         assert index == 2 or len(found[id(job)]) == 20
     assert core.stats("m@big").kv_used_blocks == 0
-
-
-def test_unloading_the_draft_loses_nothing(checkpoint: Maker, bytes_tokenizer: Tokenizer) -> None:
-    folder, prompt = checkpoint("llama"), [12, 13, 14]
-    plain = plain_core(folder, bytes_tokenizer)
-    (expected,) = run(plain, jobs_of([request(prompt, 30)], bytes_tokenizer))
-    core = pair(folder, bytes_tokenizer)
-    (job,) = jobs_of([request(prompt, 30)], bytes_tokenizer)
-    core.submit(job)
-    found: list[int] = []
-    for number, events in enumerate(steps(core)):
-        found += tokens_of([e for _, e in events if isinstance(e, TokenEvent)])
-        if number == 3:
-            core.detach("m@small")
-            drafted = core.stats("m@big").drafted_tokens
-            assert drafted > 0
-    assert found == tokens_of(expected)
-    assert core.stats("m@big").drafted_tokens == drafted
-
-
-@pytest.mark.parametrize("mode", ["off", "other"])
-def test_nothing_is_drafted_unless_it_is_asked_for(
-    mode: str, checkpoint: Maker, bytes_tokenizer: Tokenizer
-) -> None:
-    core = pair(checkpoint("llama"), bytes_tokenizer, speculate=mode)
-    run(core, jobs_of([request([5, 6] * 8, 12)], bytes_tokenizer))
-    assert core.stats("m@big").drafted_tokens == 0
-
-
-def test_who_may_draft(checkpoint: Maker, bytes_tokenizer: Tokenizer) -> None:
-    """Lighter levels with the same keys and values; a quantized cache cannot take drafts back."""
-    folder = checkpoint("llama")
-    core = pair(folder, bytes_tokenizer, speculate="auto")
-    weights = weights_of(folder)
-    other = build_model(
-        VariantWeights(weights.config, weights.tensors, {}, weights.dtype, KVScheme(bits=8))
-    )
-    core.attach("m@kv8", other, bytes_tokenizer)
-    names = {
-        name: None if v.speculator is None else [d.name for d in v.speculator.drafters]
-        for name, v in core._variants.items()
-    }
-    assert names == {"m@big": ["lookup", "small"], "m@small": ["lookup"], "m@kv8": None}
