@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
+from secrets import token_hex
 
 from gateway.api.auth import Caller
 from gateway.api.deps import Services
@@ -20,5 +22,14 @@ def policy_for(
         NotFound: no policy of that name. Forbidden: it is reserved for other keys, or the caller's
             key is bound to other policies.
     """
-    facts = RequestFacts(api_key=caller.key, path=path, model=wanted.model, headers=headers)
+    facts = RequestFacts(
+        api_key=caller.key,
+        path=path,
+        model=wanted.model,
+        headers=headers,
+        metadata=wanted.metadata,
+        user=wanted.user,
+        now=time.time(),
+        seed=token_hex(8),
+    )
     return services.policies.match(facts, named=wanted.sla.policy)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import orjson
 from pydantic import ValidationError
@@ -41,6 +41,7 @@ class Wanted:
         prompts: token ids; `echoes` their texts when they are to be repeated in the answer.
         sampling: for one sequence; `max_tokens` is at least 1.
         muted: generate one token and show none (`max_tokens=0`: only the prompt is scored).
+        metadata, user: what the caller says of the request, and whom it acts for.
     """
 
     name: str
@@ -56,6 +57,8 @@ class Wanted:
     stream: bool
     include_usage: bool
     sla: Sla
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    user: str | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -111,6 +114,8 @@ async def prepare(body: ChatBody | CompletionBody, services: Services, sla: Sla)
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         sla=sla,
+        metadata=body.metadata or {},
+        user=_user(body),
     )
 
 
@@ -268,6 +273,13 @@ def _sampling(body: Generate, max_tokens: int, tokenizer: TextCodec) -> Sampling
         json_schema=_schema(body),
         ignore_eos=body.ignore_eos,
     )
+
+
+def _user(body: Generate) -> str | None:
+    """OpenAI's `user`, or what follows it; neither changes an answer."""
+    given = body.model_extra or {}
+    named = (given.get(name) for name in ("user", "safety_identifier"))
+    return next((value for value in named if isinstance(value, str)), None)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -33,7 +33,6 @@ _MAX_STOP_CHARS = 256
 _HARMLESS = frozenset(
     {
         "function_call",
-        "metadata",
         "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
@@ -144,6 +143,8 @@ _CONTENT_SCHEMA = {
     ]
 }
 _Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
+_MetaKey = Annotated[str, Field(max_length=64)]  # bounds of OpenAI's own API
+_MetaValue = Annotated[str, Field(max_length=512)]
 _Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 
 
@@ -200,6 +201,7 @@ class Generate(BaseModel):
     ignore_eos: bool = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+    metadata: Annotated[dict[_MetaKey, _MetaValue], Field(max_length=16)] | None = None
     sla: Sla | None = None
 
     @model_validator(mode="after")
