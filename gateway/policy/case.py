@@ -5,17 +5,23 @@ Levels are rows of the ladder here; `option` makes a row into the noun that sent
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Final
+
 import numpy as np
 
 from gateway.policy import sentences
-from gateway.policy.budget import HARD, excess
+from gateway.policy.budget import HARD, Costs, excess
 from gateway.policy.columns import Mask, Rows, needs_build
 from gateway.policy.decision import Action, Ask, Code, Decision, Verdict
-from gateway.policy.judge import Limits, Standing, costs, roomy
+from gateway.policy.judge import Limits, Standing, costs, harmless, roomy
 from gateway.policy.objective import OBJECTIVES, Key, Option, Order, Prices, gain
 from gateway.policy.policy import Policy
 from gateway.policy.prediction import Prediction, Predictions, Times
 from gateway.variants.variant import LadderSnapshot, State
+
+STEADY: Final = 0.1  # a level must be better by this share to take a kind of request from another
+_TIMES: Final = frozenset({"ttft_ms", "tpot_ms", "latency_ms"})
 
 
 class Case:
@@ -25,12 +31,15 @@ class Case:
     once it is in memory.
 
     Attributes:
+        expected: requests that a build or a load has to pay for.
+        judged: upper predictions of times, which bounds are judged by.
         open: no barrier stands before the level.
         fits: open, and every bound is kept.
         usable: fits without a build.
         later: not in memory yet, and fits once it is.
-        times, order: of using a level now, and by what the best is found; `warm_…`: the same once
-            it is in memory.
+        times, order: expected, of using a level now, and by what the best is found; `warm_…`: the
+            same once it is in memory.
+        late, late_warm: the times that bounds are judged by, from the request's arrival on.
     """
 
     def __init__(
@@ -45,18 +54,65 @@ class Case:
         self.budget, self.bounds = self.standing.budget(ask.sla)
         self.objective = ask.sla.objective or policy.objective
         self.on_miss = ask.sla.on_miss or policy.on_miss
+        moment = ask.moment
+        self.expected = policy.expected_requests if moment.expected is None else moment.expected
+        timed = moment.token_ms < np.inf or any(name in _TIMES for name, _ in self.bounds)
+        self.judged = said.high(policy.confidence) if timed else said
         self.roomy = roomy(said, snapshot)
         self.open = self.standing.free & self.roomy
-        self.limits = Limits(self.bounds, said)
-        now, warm = said.times(), said.warm_times()
-        self.times, self.warm_times = now, warm
-        self.fits = self.limits.kept(self.open, now)
+        self.harmless = harmless(self.judged, moment, ask.prompt_tokens)
+        if self.harmless is not None:
+            self.open = self.open & self.harmless
+        self.limits = Limits(self.bounds, self.judged)
+        self.times, self.warm_times = said.times(), said.warm_times()
+        self.late, self.late_warm = self._late()
+        self.fits = self.limits.kept(self.open, self.late)
         self.usable = self.fits & columns.loadable
-        self.later = self.limits.kept(self.open & columns.unready, warm)
-        self.order = self._order(now)
-        self.warm_order = self._order(warm)
+        self.later = self.limits.kept(self.open & columns.unready, self.late_warm)
+        self.order = self._order(self.times)
+        self.warm_order = self._order(self.warm_times)
+
+    def _late(self) -> tuple[Times, Times]:
+        waited = self.ask.moment.waited_ms
+        if self.judged is self.said and not waited:
+            return self.times, self.warm_times
+        now, warm = self.judged.times(), self.judged.warm_times()
+        return (now.delayed(waited), warm.delayed(waited)) if waited else (now, warm)
 
     # -- choosing ---------------------------------------------------------------------------------
+
+    def steady(self, best: int) -> int:
+        """`best`, or a usable level that serving it instead would be restless of.
+
+        A kind of request stays at the level that it got a moment ago until another is better by
+        more than noise; and what is in memory serves while another level has just been loaded.
+        """
+        moment = self.ask.moment
+        if moment.recent is not None:
+            row = self.columns.index.get(moment.recent)
+            if row is not None and row != best and self.usable[row] and self._close(row, best):
+                best = row
+        if moment.settling and self.displaces(best):
+            resident = first(self.usable & self.columns.in_memory, self.order)
+            return best if resident is None else resident
+        return best
+
+    def _close(self, row: int, best: int) -> bool:
+        if self.objective == "latency":
+            latency = self.times.latency_ms
+            return bool(latency[row] <= (1.0 + STEADY) * latency[best])
+        spare = Times(self.late.ttft_ms * (1.0 + STEADY), self.late.latency_ms * (1.0 + STEADY))
+        only = np.zeros(len(self.columns), dtype=np.bool_)
+        only[best] = True
+        pace = dict(self.bounds).get("tpot_ms", np.inf)
+        tight = bool(self.judged.tpot_ms[best] * (1.0 + STEADY) > pace)
+        return tight or not self.limits.kept(only, spare)[best]
+
+    def displaces(self, row: int) -> bool:
+        """Does loading the level unload another one?"""
+        budget, used = self.snapshot.for_weights
+        loads = not self.columns.in_memory[row]
+        return bool(loads and self.columns.resident[row] > max(0, budget - used))
 
     def _order(self, times: Times) -> Order:
         """The objective's costs, then the policy's preference."""
@@ -67,7 +123,7 @@ class Case:
         """Fewest bounds broken, then by the least in all, then the best."""
         rows = mask.nonzero()[0]
         if len(rows) > 1:
-            count, total = self.limits.broken(rows, self.times)
+            count, total = self.limits.broken(rows, self.late)
             fewest = count == count.min()
             rows, total = rows[fewest], total[fewest]
             rows = rows[total == total.min()]
@@ -86,15 +142,14 @@ class Case:
             for row, facts in enumerate(self.snapshot.levels)
             if facts.state is State.FAILED and self.barrier(row) == "failed"
         ]
-        failed = [self.option(row) for row in rows]
+        failed = {row: self.option(row) for row in rows}
         if not self.open.any():
-            return failed
+            return list(failed.values())
         needed = HARD if self.on_miss == "nearest" else frozenset(dict(self.bounds))
         return [
             option
-            for option in failed
-            if not needed
-            & excess(self.bounds, costs(option.facts, option.predicted.warmed())).keys()
+            for row, option in failed.items()
+            if not needed & excess(self.bounds, self.costs(row, warm=True)).keys()
         ]
 
     def seconds(self, row: int) -> float:
@@ -110,12 +165,14 @@ class Case:
         if not mask.any():
             return mask
         delay = 1000.0 * self.columns.prepare_s
-        mask = self.limits.kept(mask, self.warm_times.delayed(delay))
+        mask = self.limits.kept(mask, self.late_warm.delayed(delay))
         return mask if best is None else mask & (self.warm_order[0] < self.order[0][best])
 
     def improvement(self, target: int | None, best: int) -> int | None:
         """`target`, if preparing it is worth it although `best` fits."""
         if target is None or target == best:
+            return None
+        if self.ask.moment.settling and self.displaces(target):
             return None
         mine, theirs = key(self.warm_order, target), key(self.order, best)
         if mine >= theirs:
@@ -132,29 +189,49 @@ class Case:
         )
 
     def pays(self, target: int, seconds_per_request: float) -> bool:
-        return self.policy.expected_requests * seconds_per_request > self.seconds(target)
+        return self.expected * seconds_per_request > self.seconds(target)
 
     # -- answering --------------------------------------------------------------------------------
 
     def barrier(self, row: int) -> str:
-        return self.standing.name(row, not self.roomy[row])
+        name = self.standing.name(row, not self.roomy[row])
+        if not name and self.harmless is not None and not self.harmless[row]:
+            return "promises"
+        return name
+
+    def costs(self, row: int, *, warm: bool = False, delay_ms: float = 0.0) -> Costs:
+        """What a level's bounds are judged by; `warm`: once it is in memory, after `delay_ms`."""
+        facts, predicted = self.snapshot.levels[row], self.judged[row]
+        if warm or needs_build(facts):
+            predicted = predicted.warmed()
+        if waited := self.ask.moment.waited_ms:
+            predicted = predicted.delayed(waited)
+        return costs(facts, predicted.delayed(delay_ms) if delay_ms else predicted)
 
     def option(self, row: int) -> Option:
         facts, predicted = self.snapshot.levels[row], self.said[row]
         if needs_build(facts):
             predicted = predicted.warmed()
+        judged = self.costs(row)
         return Option(
             facts=facts,
             predicted=predicted,
-            broken={} if self.fits[row] else excess(self.bounds, costs(facts, predicted)),
+            judged=judged,
+            broken={} if self.fits[row] else excess(self.bounds, judged),
             rank=int(self.standing.rank[row]),
             barrier=self.barrier(row),
         )
 
-    def serve(self, row: int, code: Code, prepare: int | None = None) -> Decision:
+    def serve(
+        self, row: int, code: Code, prepare: int | None = None, better: int | None = None
+    ) -> Decision:
+        """`better`: what a steady choice leaves alone; `prepare`: what is made ready meanwhile."""
         option = self.option(row)
         fitting = int(np.count_nonzero(self.usable)) if code == "fits" else 0
-        reason = sentences.served(code, option, self.objective, fitting, self.bounds)
+        if better is None:
+            reason = sentences.served(code, option, self.objective, fitting, self.bounds)
+        else:
+            reason = sentences.steady(option, self.option(better), self.objective)
         if prepare is not None:
             reason = sentences.preparing(reason, self.option(prepare), self.seconds(prepare))
         build, warm = self._preparation(prepare)
@@ -173,7 +250,8 @@ class Case:
         """What a caller that waits for the level to be prepared gets."""
         option, seconds = self.option(row), self.seconds(row)
         predicted = option.predicted.warmed().delayed(1000.0 * seconds)
-        broken = excess(self.bounds, costs(option.facts, predicted))
+        judged = self.costs(row, warm=True, delay_ms=1000.0 * seconds)
+        broken = excess(self.bounds, judged)
         reason = sentences.waits(option, seconds)
         return self._decision(
             "wait", code, reason, predicted, build=option.level, misses=tuple(broken)
@@ -195,15 +273,19 @@ class Case:
         )
 
     def could_meet(self) -> dict[str, float] | None:
-        """The bounds, each relaxed as far as the nearest loadable level needs; rounded outwards."""
+        """The bounds, each relaxed as far as the nearest loadable level needs for a request that
+        comes in now; rounded outwards."""
         if self.ask.pinned_level is not None or not self.bounds:
             return None
+        if self.ask.moment.waited_ms:
+            moment = replace(self.ask.moment, waited_ms=0.0)
+            anew = replace(self.ask, moment=moment)
+            return Case(anew, self.policy, self.snapshot, self.said).could_meet()
         near = self.nearest(self.open & self.columns.loadable)
         if near is None:
             return None
         option = self.option(near)
-        have = costs(option.facts, option.predicted)
-        return sentences.relaxed(self.bounds, option.broken, have)
+        return sentences.relaxed(self.bounds, option.broken, option.judged)
 
     def _decision(
         self,

@@ -46,6 +46,7 @@ class Columns:
         ratio, agreement: perplexity ratio and top-1 agreement.
         loss: see `loss`.
         token_ms: ms per token at the best batch size, for throughput; inf when unknown.
+        prefill_ms: of one prompt token; 0 when unknown.
         prepare_s: expected seconds until the level is in memory: builds before it, its build, its
             load.
         ready_rows, ready_bytes: the rows of ready levels, and what these keep resident in all.
@@ -63,6 +64,7 @@ class Columns:
         self.agreement = floats(card.top1_agreement for card in cards)
         self.loss = floats(loss(card) for card in cards)
         self.token_ms = floats(_token_ms(card) for card in cards)
+        self.prefill_ms = floats(_prefill_ms(card) for card in cards)
         self.prepare_s = floats(_prepare_seconds(levels))
         self.ready = self._in(State.READY)
         self.ready_rows = self.ready.nonzero()[0].tolist()
@@ -115,6 +117,11 @@ def _alike(one: LevelFacts, other: LevelFacts) -> bool:
 def _token_ms(card: Card) -> float:
     rate = max((rate for rate in card.decode_tokens_per_s.values() if rate > 0), default=0.0)
     return 1000.0 / rate if rate else math.inf
+
+
+def _prefill_ms(card: Card) -> float:
+    rate = card.prefill_tokens_per_s
+    return 1000.0 / rate if rate > 0 else 0.0
 
 
 def _prepare_seconds(levels: tuple[LevelFacts, ...]) -> Iterator[float]:

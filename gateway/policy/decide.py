@@ -2,19 +2,26 @@
 
 The decision tree (the code carries the numbers). A level *fits* when it keeps every bound of the
 effective budget (request ∩ policy), stands behind no barrier (policy's levels, failed, draining,
-host memory, may not be built), and needs no build; loading counts in its times. A level *would fit*
-when all that holds once it is in memory. "Best" is the objective's order.
+host memory, may not be built, too much for the promises of running requests), and needs no build;
+loading counts in its times. A level *would fit* when all that holds once it is in memory. Times are
+kept when their upper quantile at the policy's confidence, counted from the request's arrival, is
+within the bound. "Best" is the objective's order, over expected times.
 
     1. Pinned level: that level or nothing; bounds only report.
        1a. not in the ladder, not among the policy's levels, too large: reject. Failed: reject,
            retry when it is tried again.
        1b. loadable: serve it.
-       1c. being unloaded: reject, retry soon.
+       1c. being unloaded, or too much for running promises: reject, retry soon.
        1d. to be built: wait for it, or reject when the policy says so or the build is too long.
     2. on_miss `wait`, and a level that would fit beats the best that fits in the objective itself,
        and waiting for its build breaks no bound and no `wait_ms`: wait for it.
     3. Some level fits: serve the best. A better one that would fit is prepared meanwhile, if that
        pays.
+       3a. but stay with the level that requests of this kind got a moment ago, while it fits and
+           the best is no clear gain (its times keep their bounds with less than 10 % to spare;
+           objective latency: it is less than 10 % faster);
+       3b. and do not unload a level for the best right after one was loaded, while a level in
+           memory fits.
     4. on_miss `wait`: the best level that would fit within `wait_ms` is waited for (served at once
        when it only has to be loaded), although the wait itself may break a time bound.
     5. on_miss `nearest`: serve the loadable level that breaks the fewest time bounds by the least.
@@ -28,13 +35,15 @@ when all that holds once it is in memory. "Best" is the objective's order.
            would keep what must be kept. Retry when it is tried again.
        7d. no level can keep the budget: say which budget could be met.
 
-Preparing *pays* when expected_requests × gain > seconds of preparing. The gain per request is its
-predicted duration times the relative improvement of the objective, or its whole duration when its
-promise would otherwise be broken. What the policy waits for need not pay.
+Preparing *pays* when expected requests × gain > seconds of preparing. Expected are as many as the
+traffic of the policy lets expect, which begins as its `expected_requests`. The gain per request is
+its predicted duration times the relative improvement of the objective, or its whole duration when
+its promise would otherwise be broken. What the policy waits for need not pay.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Final
 
@@ -42,6 +51,7 @@ from gateway.policy import sentences
 from gateway.policy.case import Case, first
 from gateway.policy.decision import Action, Ask, Code, Decision, Predict, Verdict
 from gateway.policy.judge import BARRIERS, PASSING
+from gateway.policy.moment import CALM
 from gateway.policy.objective import Option
 from gateway.policy.policy import Policy
 from gateway.variants.variant import LadderSnapshot, State
@@ -76,6 +86,9 @@ def decide(ask: Ask, policy: Policy, snapshot: LadderSnapshot, predict: Predict)
             return case.wait(better, "waits")  # (2)
     target = first(case.later, case.warm_order)
     if best is not None:
+        level = case.steady(best)
+        if level != best:
+            return case.serve(level, "steady", better=best)  # (3a), (3b)
         return case.serve(best, "fits", case.improvement(target, best))  # (3)
     return _missed(case, target)  # (4)-(7)
 
@@ -90,11 +103,11 @@ def _pinned(case: Case, level: str) -> Decision:
         reason = sentences.refused(option, case.policy.name)
         retry = _tried_again_in(option) if option.barrier == "failed" else None
         return case.reject(REFUSED_PINS[option.barrier], reason, retry=retry)  # (1a)
+    if option.barrier in ("draining", "promises"):
+        reason = f"{level} is {BARRIERS[option.barrier]}."
+        return case.reject("busy", reason, retry=RETRY_SECONDS[0])  # (1c)
     if option.facts.loadable:
         return case.serve(row, "pinned")  # (1b); the pool makes room or refuses
-    if option.barrier == "draining":
-        reason = f"{level} is {BARRIERS['draining']}."
-        return case.reject("busy", reason, retry=RETRY_SECONDS[0])  # (1c)
     if case.on_miss == "reject" or not case.within_wait[row]:
         return _to_build(case, row)  # (1d)
     return case.wait(row, "pinned")  # (1d)
@@ -126,14 +139,15 @@ def _reject(case: Case, target: int | None) -> Decision:
     retry = _calm_in(case)
     if retry is not None:
         running = sum(facts.stats.running + facts.stats.waiting for facts in levels)
-        return case.reject("busy", sentences.busy(running, retry), retry=retry)  # (7b)
+        harmful = case.harmless is not None and not case.harmless.any()
+        reason = sentences.busy(running, retry, harmful=harmful)
+        return case.reject("busy", reason, retry=retry)  # (7b)
     failed = min(case.failed(), key=_tried_again_in, default=None)
     if failed is not None:
         retry = _tried_again_in(failed)
         return case.reject("failed", sentences.failure(failed, retry), retry=retry)  # (7c)
     if target is not None:
-        expected = case.policy.expected_requests
-        reason = sentences.unpaid(case.option(target), case.seconds(target), expected)
+        reason = sentences.unpaid(case.option(target), case.seconds(target), case.expected)
         return case.reject("unmet", reason)  # (7d)
     row = case.nearest(case.open)
     near = None if row is None else case.option(row)
@@ -153,7 +167,7 @@ def _tried_again_in(failed: Option) -> float:
 def _calm_in(case: Case) -> float | None:
     """Seconds until the load that keeps every level from fitting may have passed; None: it is not
     the load."""
-    calm = Case(case.ask, case.policy, case.snapshot, case.said.calm())
+    calm = Case(replace(case.ask, moment=CALM), case.policy, case.snapshot, case.said.calm())
     then = (calm.fits | calm.later) & calm.columns.loadable
     waits = [
         (case.said.ttft_ms.item(row) - calm.said.ttft_ms.item(row)) / 1000.0

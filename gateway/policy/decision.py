@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from gateway.policy.budget import Budget, Objective, Sla
+from gateway.policy.moment import CALM, Moment
 from gateway.policy.prediction import Prediction, Predictions
 from gateway.variants.variant import LadderSnapshot, State
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 Action = Literal["serve", "wait", "reject"]
 Code = Literal[
-    "fits", "nearest", "cold", "waits", "pinned",  # served or waited for
+    "fits", "steady", "nearest", "cold", "waits", "pinned",  # served or waited for
     "building", "busy", "unmet", "unknown_level", "not_allowed", "failed", "too_large",  # rejected
 ]  # fmt: skip
 Predict = Callable[[int, int, LadderSnapshot], Predictions]
@@ -24,13 +25,15 @@ Predict = Callable[[int, int, LadderSnapshot], Predictions]
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a request asks for. `prompt_tokens` and `max_tokens` are of one sequence."""
+    """What a request asks for, and what it meets. `prompt_tokens` and `max_tokens` are of one
+    sequence."""
 
     model: str
     prompt_tokens: int
     max_tokens: int
     pinned_level: str | None = None
     sla: Sla = field(default_factory=Sla)
+    moment: Moment = CALM
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +66,10 @@ class Decision:
         build: a level to build: waited for when `action` is `wait`, else in the background.
         warm: a stored level worth loading in the background.
         reason: one short sentence for the caller.
-        predicted: costs of the level served or waited for, the wait included.
-        misses: budget fields that the decision is predicted to break, knowingly.
+        predicted: expected costs of the level served or waited for, counted from the decision; a
+            build that is waited for is included.
+        misses: budget fields that the decision is predicted to break, knowingly: times by the
+            quantile of the policy's confidence, with what the request has waited before.
         retry_after_s: when rejected and a retry can succeed.
         could_meet: when rejected: the request's bounds, relaxed until a level keeps them now.
         code: the reason as one of a few words, for metrics and for the error's class.

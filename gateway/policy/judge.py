@@ -11,6 +11,7 @@ import numpy as np
 
 from gateway.policy.budget import HARD, Bounds, Budget, Costs
 from gateway.policy.columns import Codes, Columns, Floats, Mask, Rows
+from gateway.policy.moment import Moment
 from gateway.policy.policy import Policy
 from gateway.policy.prediction import Prediction, Predictions, Times
 from gateway.variants.variant import LadderSnapshot, LevelFacts, State
@@ -24,9 +25,10 @@ BARRIERS: Final[Mapping[str, str]] = MappingProxyType(
         "too_large": "larger than the memory for weights on this host",
         "host_memory": "no room beside the levels in use",
         "not_built": "not built, and the policy may not build it",
+        "promises": "too much for the promises of running requests",
     }
 )
-PASSING: Final = frozenset({"draining", "host_memory"})  # barriers that time removes
+PASSING: Final = frozenset({"draining", "host_memory", "promises"})  # barriers that time removes
 _NAMES: Final = ("", *BARRIERS)
 _CODES: Final = MappingProxyType({name: code for code, name in enumerate(_NAMES)})
 _MEMO: Final = 64  # policies whose standing is kept per ladder
@@ -131,8 +133,23 @@ def roomy(said: Predictions, snapshot: LadderSnapshot) -> Mask:
     return said.columns.in_memory | (said.columns.resident <= room)
 
 
+def harmless(judged: Predictions, moment: Moment, prompt_tokens: int) -> Mask | None:
+    """The levels at which one more sequence breaks no promise of those that run; None: all.
+
+    Levels take turns on the same cores, so the newcomer's time per token is everybody's, and its
+    prompt holds everybody up.
+    """
+    mask = None
+    if moment.token_ms < np.inf:
+        mask = judged.tpot_ms <= moment.token_ms
+    if moment.slack_ms < np.inf:
+        calm = judged.columns.prefill_ms * prompt_tokens <= moment.slack_ms
+        mask = calm if mask is None else mask & calm
+    return mask
+
+
 class Limits:
-    """The bounds of one request over all levels.
+    """The bounds of one request over all levels; `said`: the predictions they are judged by.
 
     Attributes:
         hard: the levels that keep the hard bounds (memory, quality); None when there are none.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
-from gateway.policy.budget import Objective
+from gateway.policy.budget import Costs, Objective
 from gateway.policy.columns import Columns, Floats
 from gateway.policy.prediction import Prediction
 from gateway.variants.variant import LevelFacts
@@ -25,6 +25,8 @@ class Option:
 
     Attributes:
         predicted: when used now (for a level that must be built: once it is in memory).
+        judged: what its bounds are judged by: times that the promised share of answers keeps, from
+            the request's arrival on.
         broken: bounds it breaks, with the relative excess.
         rank: the policy's order of preference, for ties.
         barrier: why it cannot be used whatever its numbers are, or "".
@@ -32,6 +34,7 @@ class Option:
 
     facts: LevelFacts
     predicted: Prediction
+    judged: Costs
     broken: Mapping[str, float]
     rank: int
     barrier: str = ""

@@ -95,7 +95,7 @@ class Times:
     ttft_ms: Floats
     latency_ms: Floats
 
-    def delayed(self, ms: Floats) -> Times:
+    def delayed(self, ms: Floats | float) -> Times:
         return Times(self.ttft_ms + ms, self.latency_ms + ms)
 
 

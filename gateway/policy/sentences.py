@@ -9,7 +9,7 @@ from typing import Final
 
 from gateway.policy.budget import Bounds, Costs, Objective
 from gateway.policy.columns import needs_build
-from gateway.policy.judge import BARRIERS, costs
+from gateway.policy.judge import BARRIERS
 from gateway.policy.objective import PRAISE, Option
 from gateway.variants.variant import State
 
@@ -49,6 +49,14 @@ def served(code: str, option: Option, objective: Objective, fitting: int, bounds
     )
 
 
+def steady(option: Option, better: Option, objective: Objective) -> str:
+    """Why `option` goes on serving a kind of request although `better` would fit."""
+    return (
+        f"{option.level} goes on serving requests like this one ({_numbers(option, objective)}); "
+        f"{better.level} would be better, but not by enough to change now."
+    )
+
+
 def preparing(reason: str, target: Option, seconds: float) -> str:
     """`reason`, with what is made ready meanwhile."""
     how = "built" if needs_build(target.facts) else "loaded"
@@ -64,8 +72,13 @@ def to_build(option: Option, seconds: float) -> str:
     return f"{option.level} has to be {how} first (about {_seconds(seconds)})."
 
 
-def busy(running: int, retry: float) -> str:
-    """`running`: sequences on all levels."""
+def busy(running: int, retry: float, *, harmful: bool = False) -> str:
+    """`running`: sequences on all levels; `harmful`: one more would break a running promise."""
+    if harmful:
+        return (
+            f"One more sequence beside the {running} that run would break a promise made to one "
+            f"of them; try again in about {_seconds(retry)}."
+        )
     return (
         f"No level keeps the budget under the present load ({running} sequences); "
         f"one could in about {_seconds(retry)}."
@@ -80,11 +93,11 @@ def failure(option: Option, retry: float) -> str:
     )
 
 
-def unpaid(target: Option, seconds: float, expected: int) -> str:
+def unpaid(target: Option, seconds: float, expected: float) -> str:
     how = "building" if needs_build(target.facts) else "loading"
     return (
         f"Only {target.level} would keep the budget, and {how} it (about {_seconds(seconds)}) "
-        f"does not pay for {expected} expected requests."
+        f"does not pay for {expected:.0f} expected requests."
     )
 
 
@@ -142,7 +155,7 @@ def _failed(option: Option) -> str:
 
 
 def _broken(option: Option, bounds: Bounds) -> str:
-    have = costs(option.facts, option.predicted)
+    have = option.judged
     parts = []
     for name, bound in bounds:
         if name in option.broken:

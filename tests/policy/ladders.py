@@ -8,6 +8,7 @@ from typing import Any
 from gateway.engine.base import EngineStats
 from gateway.policy.budget import Sla
 from gateway.policy.decide import Ask, Decision, decide
+from gateway.policy.moment import CALM, Moment
 from gateway.policy.policy import Policy
 from gateway.policy.predictor import Predictor
 from gateway.variants.card import Card
@@ -82,7 +83,9 @@ def choose(
     prompt: int = 100,
     tokens: int = 100,
     pin: str | None = None,
+    moment: Moment = CALM,
     **sla: Any,
 ) -> Decision:
-    ask = Ask("m", prompt, tokens, pin, Sla(**sla))
-    return decide(ask, policy or Policy(name="p"), snapshot, Predictor().predict)
+    """By the expected times (confidence 0.5) where no policy is given."""
+    ask = Ask("m", prompt, tokens, pin, Sla(**sla), moment)
+    return decide(ask, policy or Policy(name="p", confidence=0.5), snapshot, Predictor().predict)

@@ -13,11 +13,12 @@ from typing import Any
 
 from gateway.engine.base import EngineStats
 from gateway.policy import sentences
-from gateway.policy.budget import HARD, Bounds, Budget, Objective, OnMiss, excess
+from gateway.policy.budget import HARD, Bounds, Budget, Costs, Objective, OnMiss, excess
 from gateway.policy.decide import REFUSED_PINS, RETRY_SECONDS
 from gateway.policy.decision import Action, Ask, Code, Decision, Verdict
 from gateway.policy.judge import BARRIERS, PASSING, costs
 from gateway.policy.lengths import Length
+from gateway.policy.moment import CALM
 from gateway.policy.objective import Key, Option
 from gateway.policy.policy import Policy
 from gateway.policy.prediction import Prediction
@@ -127,7 +128,11 @@ def needs_build(facts: LevelFacts) -> bool:
 
 
 def judge(
-    bounds: Bounds, policy: Policy, snapshot: LadderSnapshot, predictions: Sequence[Prediction]
+    ask: Ask,
+    policy: Policy,
+    bounds: Bounds,
+    snapshot: LadderSnapshot,
+    predictions: Sequence[Prediction],
 ) -> tuple[Option, ...]:
     """One option per level, in ladder order. Loading counts in a level's times, building does not:
     an absent level is judged as it will be once it is in memory."""
@@ -136,30 +141,57 @@ def judge(
     options = []
     for index, (facts, prediction) in enumerate(zip(snapshot.levels, predictions, strict=True)):
         predicted = prediction.warmed() if needs_build(facts) else prediction
+        judged = late(ask, policy, facts, prediction, warm=needs_build(facts))
+        barrier = _barrier(facts, policy, snapshot.for_weights[0], room)
+        if not barrier and _harmful(ask, policy, facts, prediction):
+            barrier = "promises"
         options.append(
             Option(
                 facts=facts,
                 predicted=predicted,
-                broken=excess(bounds, costs(facts, predicted)),
+                judged=judged,
+                broken=excess(bounds, judged),
                 rank=ranks.get(facts.level, len(ranks) + index),
-                barrier=_barrier(facts, policy, snapshot.for_weights[0], room),
+                barrier=barrier,
             )
         )
     return tuple(options)
 
 
-def once_ready(options: Iterable[Option], bounds: Bounds) -> list[Option]:
+def late(
+    ask: Ask,
+    policy: Policy,
+    facts: LevelFacts,
+    prediction: Prediction,
+    *,
+    warm: bool,
+    delay_ms: float = 0.0,
+) -> Costs:
+    """What bounds are judged by: the times that the promised share of answers keeps, from arrival
+    on."""
+    predicted = prediction.high(policy.confidence)
+    predicted = predicted.warmed() if warm else predicted
+    return costs(facts, predicted.delayed(ask.moment.waited_ms).delayed(delay_ms))
+
+
+def _harmful(ask: Ask, policy: Policy, facts: LevelFacts, prediction: Prediction) -> bool:
+    """Would one more sequence break the promise of one that runs?"""
+    high, moment = prediction.high(policy.confidence), ask.moment
+    rate = facts.card.prefill_tokens_per_s
+    prompt_ms = 1000.0 / rate * ask.prompt_tokens if rate > 0 else 0.0
+    return high.tpot_ms > moment.token_ms or prompt_ms > moment.slack_ms
+
+
+def once_ready(case: Case) -> list[Option]:
     """The options not in memory yet that keep every bound once they are, priced as they will be."""
     ready = []
-    for option in options:
+    for option, prediction in zip(case.options, case.predictions, strict=True):
         if option.barrier or option.facts.state is State.READY:
             continue
-        predicted = option.predicted.warmed()
-        if predicted is option.predicted:
-            if not option.broken:
-                ready.append(option)
-        elif not excess(bounds, costs(option.facts, predicted)):
-            ready.append(replace(option, predicted=predicted, broken={}))
+        judged = late(case.ask, case.policy, option.facts, prediction, warm=True)
+        if not excess(case.bounds, judged):
+            predicted = prediction.warmed()
+            ready.append(replace(option, predicted=predicted, judged=judged, broken={}))
     return ready
 
 
@@ -276,6 +308,7 @@ class Case:
     bounds: Bounds
     objective: Objective
     on_miss: OnMiss
+    predictions: tuple[Prediction, ...]
     options: tuple[Option, ...]
 
     @classmethod
@@ -294,7 +327,8 @@ class Case:
             bounds=bounds,
             objective=ask.sla.objective or policy.objective,
             on_miss=ask.sla.on_miss or policy.on_miss,
-            options=judge(bounds, policy, snapshot, predictions),
+            predictions=predictions,
+            options=judge(ask, policy, bounds, snapshot, predictions),
         )
 
     # -- choosing ---------------------------------------------------------------------------------
@@ -330,8 +364,7 @@ class Case:
         return [
             option
             for option in failed
-            if not needed
-            & excess(self.bounds, costs(option.facts, option.predicted.warmed())).keys()
+            if not needed & excess(self.bounds, self.judged(option, warm=True)).keys()
         ]
 
     def seconds(self, option: Option) -> float:
@@ -349,13 +382,18 @@ class Case:
         return (
             needs_build(option.facts)
             and self.within_wait(option)
-            and not excess(self.bounds, costs(option.facts, self.delayed(option)))
+            and not excess(
+                self.bounds,
+                self.judged(option, warm=True, delay_ms=1000.0 * self.seconds(option)),
+            )
             and (best is None or self.key(option)[0] < self.key(best)[0])
         )
 
     def improvement(self, target: Option | None, best: Option) -> Option | None:
         """`target`, if preparing it is worth it although `best` fits."""
         if target is None or target.level == best.level or self.key(target) >= self.key(best):
+            return None
+        if self.ask.moment.settling and self.displaces(target):
             return None
         worth = gain(self.objective, target, best) * best.predicted.warmed().latency_ms / 1000.0
         return target if self.pays(target, worth) else None
@@ -367,15 +405,62 @@ class Case:
         return target if self.pays(target, target.predicted.latency_ms / 1000.0) else None
 
     def pays(self, target: Option, seconds_per_request: float) -> bool:
-        return self.policy.expected_requests * seconds_per_request > self.seconds(target)
+        return self.expected * seconds_per_request > self.seconds(target)
+
+    @property
+    def expected(self) -> float:
+        learned = self.ask.moment.expected
+        return self.policy.expected_requests if learned is None else learned
+
+    def judged(self, option: Option, *, warm: bool, delay_ms: float = 0.0) -> Costs:
+        prediction = self.predictions[
+            next(row for row, facts in enumerate(self.snapshot.levels) if facts is option.facts)
+        ]
+        return late(self.ask, self.policy, option.facts, prediction, warm=warm, delay_ms=delay_ms)
+
+    def displaces(self, option: Option) -> bool:
+        """Does loading it unload another level?"""
+        budget, used = self.snapshot.for_weights
+        loaded = option.facts.state in (State.READY, State.LOADING, State.DRAINING)
+        return not loaded and option.facts.card.resident_bytes > max(0, budget - used)
+
+    def steady(self, best: Option) -> Option:
+        """`best`, or the level that serving it instead would be restless of."""
+        moment, usable = self.ask.moment, [o for o in self.options if o.fits and o.facts.loadable]
+        recent = next((o for o in usable if o.level == moment.recent), None)
+        if recent is not None and recent is not best and self._close(recent, best):
+            best = recent
+        if moment.settling and self.displaces(best):
+            resident = [o for o in usable if o.facts.state in (State.READY, State.LOADING)]
+            return self.best(resident) or best
+        return best
+
+    def _close(self, recent: Option, best: Option) -> bool:
+        if self.objective == "latency":
+            return recent.predicted.latency_ms <= 1.1 * best.predicted.latency_ms
+        have = best.judged
+        return any(
+            1.1 * getattr(have, name) > bound
+            for name, bound in self.bounds
+            if name in ("ttft_ms", "tpot_ms", "latency_ms")
+        )
 
     def fitting(self) -> int:
         return sum(o.fits and o.facts.loadable for o in self.options)
 
     # -- answering --------------------------------------------------------------------------------
 
-    def serve(self, option: Option, code: Code, prepare: Option | None = None) -> Decision:
-        reason = sentences.served(code, option, self.objective, self.fitting(), self.bounds)
+    def serve(
+        self,
+        option: Option,
+        code: Code,
+        prepare: Option | None = None,
+        better: Option | None = None,
+    ) -> Decision:
+        if better is None:
+            reason = sentences.served(code, option, self.objective, self.fitting(), self.bounds)
+        else:
+            reason = sentences.steady(option, better, self.objective)
         if prepare is not None:
             reason = sentences.preparing(reason, prepare, self.seconds(prepare))
         decision = self._decision("serve", code, reason, option.predicted)
@@ -387,7 +472,9 @@ class Case:
     def wait(self, option: Option, code: Code) -> Decision:
         predicted = self.delayed(option)
         reason = sentences.waits(option, self.seconds(option))
-        broken = excess(self.bounds, costs(option.facts, predicted))
+        broken = excess(
+            self.bounds, self.judged(option, warm=True, delay_ms=1000.0 * self.seconds(option))
+        )
         decision = self._decision("wait", code, reason, predicted)
         return replace(decision, build=option.level, misses=tuple(broken))
 
@@ -407,10 +494,12 @@ class Case:
         """The bounds, each relaxed as far as the nearest loadable level needs; rounded outwards."""
         if self.ask.pinned_level is not None or not self.bounds:
             return None
+        if self.ask.moment.waited_ms:
+            moment = replace(self.ask.moment, waited_ms=0.0)
+            anew = replace(self.ask, moment=moment)
+            return Case.of(anew, self.policy, self.snapshot, self.predictor).could_meet()
         near = self.nearest(o for o in self.options if o.facts.loadable and not o.barrier)
-        if near is None:
-            return None
-        return sentences.relaxed(self.bounds, near.broken, costs(near.facts, near.predicted))
+        return None if near is None else sentences.relaxed(self.bounds, near.broken, near.judged)
 
     def _decision(
         self, action: Action, code: Code, reason: str, predicted: Prediction | None
@@ -472,13 +561,16 @@ def decide(
         return _pinned(case, ask.pinned_level)  # (1)
 
     best = case.best(option for option in case.options if option.fits and option.facts.loadable)
-    later = once_ready(case.options, case.bounds)
+    later = once_ready(case)
     if case.on_miss == "wait":
         better = case.best(option for option in later if case.worth_waiting(option, best))
         if better is not None:
             return case.wait(better, "waits")  # (2)
     target = case.best(later)
     if best is not None:
+        level = case.steady(best)
+        if level is not best:
+            return case.serve(level, "steady", better=best)  # (3a), (3b)
         return case.serve(best, "fits", case.improvement(target, best))  # (3)
     return _missed(case, later, target)  # (4)-(7)
 
@@ -492,11 +584,11 @@ def _pinned(case: Case, level: str) -> Decision:
         reason = sentences.refused(option, case.policy.name)
         retry = _tried_again_in(option) if option.barrier == "failed" else None
         return case.reject(REFUSED_PINS[option.barrier], reason, retry=retry)  # (1a)
+    if option.barrier in ("draining", "promises"):
+        reason = f"{level} is {BARRIERS[option.barrier]}."
+        return case.reject("busy", reason, retry=RETRY_SECONDS[0])  # (1c)
     if option.facts.loadable:
         return case.serve(option, "pinned")  # (1b); the pool makes room or refuses
-    if option.barrier == "draining":
-        reason = f"{level} is {BARRIERS['draining']}."
-        return case.reject("busy", reason, retry=RETRY_SECONDS[0])  # (1c)
     if case.on_miss == "reject" or not case.within_wait(option):
         return _to_build(case, option)  # (1d)
     return case.wait(option, "pinned")  # (1d)
@@ -526,15 +618,19 @@ def _reject(case: Case, target: Option | None) -> Decision:
         return _to_build(case, target)  # (7a)
     retry = _calm_in(case)
     if retry is not None:
-        return case.reject("busy", sentences.busy(_sequences(case), retry), retry=retry)  # (7b)
+        harmful = all(
+            _harmful(case.ask, case.policy, option.facts, prediction)
+            for option, prediction in zip(case.options, case.predictions, strict=True)
+        )
+        reason = sentences.busy(_sequences(case), retry, harmful=harmful)
+        return case.reject("busy", reason, retry=retry)  # (7b)
     failed = min(case.failed(), key=_tried_again_in, default=None)
     if failed is not None:
         retry = _tried_again_in(failed)
         return case.reject("failed", sentences.failure(failed, retry), retry=retry)  # (7c)
     if target is not None:
-        expected = case.policy.expected_requests
         return case.reject(
-            "unmet", sentences.unpaid(target, case.seconds(target), expected)
+            "unmet", sentences.unpaid(target, case.seconds(target), case.expected)
         )  # (7d)
     near = case.nearest(option for option in case.options if not option.barrier)
     return case.reject("unmet", sentences.unmet(near, len(case.options), case.bounds))  # (7d)
@@ -553,10 +649,12 @@ def _tried_again_in(failed: Option) -> float:
 def _calm_in(case: Case) -> float | None:
     """Seconds until the load that keeps every level from fitting may have passed; None: it is not
     the load."""
-    calm = Case.of(case.ask, case.policy, _idle(case.snapshot), case.predictor)
+    calm = Case.of(
+        replace(case.ask, moment=CALM), case.policy, _idle(case.snapshot), case.predictor
+    )
     fits = {
         option.level
-        for option in (*calm.options, *once_ready(calm.options, calm.bounds))
+        for option in (*calm.options, *once_ready(calm))
         if option.fits and option.facts.loadable
     }
     waits = [

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from gateway.engine.base import EngineStats
 from gateway.policy.budget import Sla
 from gateway.policy.decide import Ask, decide
+from gateway.policy.moment import CALM, Moment
 from gateway.policy.policy import Policy
 from gateway.policy.predictor import Predictor
 from gateway.variants.card import Card
@@ -97,6 +98,15 @@ def moments(draw: st.DrawFn) -> list[LadderSnapshot]:
     return snapshots
 
 
+met = st.builds(
+    Moment,
+    waited_ms=st.sampled_from([0.0, 20.0, 900.0]),
+    token_ms=st.just(math.inf) | st.floats(5, 100),
+    slack_ms=st.just(math.inf) | st.floats(1, 1000),
+    expected=st.none() | st.floats(0, 1e4),
+    recent=st.none() | st.sampled_from(NAMES),
+    settling=st.booleans(),
+)
 measurements = st.tuples(st.sampled_from(NAMES), st.floats(1, 5000), st.floats(1, 100))
 
 
@@ -108,6 +118,7 @@ measurements = st.tuples(st.sampled_from(NAMES), st.floats(1, 5000), st.floats(1
     size=sizes,
     pin=st.none() | st.none() | st.sampled_from(NAMES),
     measured=st.lists(measurements, max_size=4),
+    moment=st.just(CALM) | met,
 )
 def test_columns_decide_as_levels_one_by_one_do(
     *,
@@ -117,12 +128,13 @@ def test_columns_decide_as_levels_one_by_one_do(
     size: tuple[int, int],
     pin: str | None,
     measured: list[tuple[str, float, float]],
+    moment: Moment,
 ) -> None:
     fast, slow = Predictor(), scalar.ScalarPredictor()
     for snapshot in snapshots:
         assert tuple(fast.predict(*size, snapshot)) == slow.each(*size, snapshot)
         for sla in wishes:
-            ask = Ask("m", *size, pin, sla)
+            ask = Ask("m", *size, pin, sla, moment)
             decision = decide(ask, policy, snapshot, fast.predict)
             expected = scalar.decide(ask, policy, snapshot, slow)
             assert decision == expected

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from gateway.policy.moment import Moment
 from gateway.policy.policy import Policy
 from gateway.variants.variant import LadderSnapshot, State
 from tests.policy.ladders import CARDS, MB, busy, choose, ladder, with_level
@@ -61,7 +62,7 @@ def test_a_ready_ladder_serves_the_best_level_that_fits(sla: dict[str, Any], lev
 def test_request_and_policy_combine(
     policy: dict[str, Any], sla: dict[str, Any], level: str
 ) -> None:
-    assert choose(ladder(), Policy(name="p", **policy), **sla).level == level
+    assert choose(ladder(), Policy(name="p", confidence=0.5, **policy), **sla).level == level
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_misses(
     sla: dict[str, Any],
     expected: tuple[str, str | None, str | None, str],
 ) -> None:
-    decision = choose(ladder(states), Policy(name="p", **policy), **sla)
+    decision = choose(ladder(states), Policy(name="p", confidence=0.5, **policy), **sla)
     assert (decision.action, decision.level, decision.build, decision.code) == expected
 
 
@@ -296,7 +297,7 @@ def test_a_pinned_level_is_served_exactly_or_not_at_all(
     expected: tuple[str, str | None, str | None],
 ) -> None:
     snapshot = with_level(ladder(), "int4", **changes)
-    decision = choose(snapshot, Policy(name="p", **policy), pin=pin)
+    decision = choose(snapshot, Policy(name="p", confidence=0.5, **policy), pin=pin)
     assert (decision.action, decision.level, decision.build) == expected
     assert pin in decision.reason
 
@@ -352,7 +353,7 @@ class TestFailures:
         assert "int8 failed: disk full" in decision.reason
 
     def test_levels_that_the_policy_leaves_out_do_not_remain(self) -> None:
-        policy = Policy(name="p", levels=("int8", "int4"))
+        policy = Policy(name="p", confidence=0.5, levels=("int8", "int4"))
         assert choose(self.failed(int8=8, int4=5), policy).retry_after_s == 5
 
     @pytest.mark.parametrize("on_miss", ["wait", "nearest", "reject"])
@@ -517,3 +518,141 @@ def test_reasons_read_as_sentences() -> None:
     assert choose(ladder(), tpot_ms=1, on_miss="reject").reason == (
         "No level can keep the budget; int4 is nearest: time per token 4 is above 1 ms."
     )
+
+
+class TestConfidence:
+    """Bounds on times are judged by the quantile that the policy promises."""
+
+    @pytest.mark.parametrize(
+        ("confidence", "tpot_ms", "level"),
+        [
+            pytest.param(0.5, 6.5, "int8", id="by the mean"),
+            pytest.param(0.9, 6.5, "int4", id="nine of ten: int8 may take longer"),
+            pytest.param(0.9, 9.0, "int8", id="nine of ten, with room"),
+            pytest.param(0.99, 9.0, "int4", id="ninety-nine of a hundred"),
+        ],
+    )
+    def test_a_higher_share_needs_more_room(
+        self, confidence: float, tpot_ms: float, level: str
+    ) -> None:
+        policy = Policy(name="p", confidence=confidence)
+        decision = choose(ladder(), policy, tpot_ms=tpot_ms)
+        assert (decision.level, decision.misses) == (level, ())
+        assert decision.predicted is not None
+        assert decision.predicted.tpot_ms == {"int8": 6, "int4": 4}[level]  # told is the mean
+
+    def test_what_could_be_met_is_what_the_share_keeps(self) -> None:
+        policy = Policy(name="p", confidence=0.9, on_miss="reject")
+        offer = choose(ladder(), policy, tpot_ms=1).could_meet
+        assert offer is not None
+        assert offer["tpot_ms"] > 4
+        assert choose(ladder(), policy, **offer).level == "int4"
+
+
+class TestTheMoment:
+    """What no ladder tells: how long it has waited, promises to others, what happened lately."""
+
+    def test_waiting_uses_up_the_budget(self) -> None:
+        """bf16 alone takes 25 ms to the first token, int4 100."""
+        assert choose(ladder(), ttft_ms=150, objective="memory").level == "int4"
+        late = Moment(waited_ms=100)
+        decision = choose(ladder(), ttft_ms=150, objective="memory", moment=late)
+        assert decision.level == "int8"
+        assert decision.predicted is not None
+        assert decision.predicted.ttft_ms < 50  # counted from the decision
+
+    def test_an_offer_is_made_for_a_request_that_comes_now(self) -> None:
+        late = Moment(waited_ms=1000)
+        decision = choose(ladder(), ttft_ms=150, on_miss="reject", moment=late)
+        assert decision.action == "reject"
+        assert decision.could_meet == {"ttft_ms": 150}
+
+    @pytest.mark.parametrize(
+        ("moment", "level"),
+        [
+            pytest.param(Moment(), "bf16", id="nobody was promised anything"),
+            pytest.param(Moment(token_ms=12), "bf16", id="the pace is kept"),
+            pytest.param(Moment(token_ms=7), "int8", id="only a faster step keeps the pace"),
+            pytest.param(Moment(slack_ms=30), "bf16", id="a prompt of 25 ms can be borne"),
+            pytest.param(Moment(slack_ms=10), None, id="no prompt can be borne"),
+            pytest.param(Moment(token_ms=3), None, id="no step is fast enough"),
+        ],
+    )
+    def test_no_choice_breaks_the_promise_of_one_that_runs(
+        self, moment: Moment, level: str | None
+    ) -> None:
+        decision = choose(ladder(), moment=moment)
+        assert decision.level == level
+        if level is None:
+            assert (decision.action, decision.code) == ("reject", "busy")
+            assert "promise" in decision.reason
+            assert decision.retry_after_s is not None
+
+    def test_nor_does_a_pinned_level(self) -> None:
+        decision = choose(ladder(), pin="bf16", moment=Moment(token_ms=7))
+        assert (decision.action, decision.code) == ("reject", "busy")
+        assert choose(ladder(), pin="int8", moment=Moment(token_ms=7)).level == "int8"
+
+    @pytest.mark.parametrize(
+        ("expected", "build"),
+        [
+            pytest.param(None, "int4", id="as the policy says"),
+            pytest.param(0.5, None, id="hardly anybody comes"),
+            pytest.param(1000.0, "int4", id="many come"),
+        ],
+    )
+    def test_a_build_has_to_pay_for_the_traffic_there_is(
+        self, expected: float | None, build: str | None
+    ) -> None:
+        policy = Policy(name="p", objective="memory")
+        moment = Moment(expected=expected)
+        assert choose(ladder(ONLY_DENSE), policy, moment=moment).build == build
+
+    @pytest.mark.parametrize(
+        ("recent", "sla", "level", "code"),
+        [
+            pytest.param("int8", {}, "bf16", "fits", id="without bounds nothing is close"),
+            pytest.param("int8", {"tpot_ms": 20}, "bf16", "fits", id="half the bound is spare"),
+            pytest.param("int8", {"tpot_ms": 10.5}, "int8", "steady", id="5 % to spare: stay"),
+            pytest.param("int4", {"tpot_ms": 10.5}, "int4", "steady", id="wherever it was"),
+            pytest.param("bf16", {"tpot_ms": 10.5}, "bf16", "fits", id="at the best already"),
+            pytest.param("bf16", {"tpot_ms": 9.5}, "int8", "fits", id="it fits no more: leave"),
+            pytest.param("gone", {"tpot_ms": 10.5}, "bf16", "fits", id="no longer in the ladder"),
+            pytest.param("int8", {"ttft_ms": 27}, "bf16", "fits", id="never where it breaks"),
+        ],
+    )
+    def test_a_kind_of_request_stays_until_another_level_is_clearly_better(
+        self, recent: str, sla: dict[str, Any], level: str, code: str
+    ) -> None:
+        decision = choose(ladder(), moment=Moment(recent=recent), **sla)
+        assert (decision.level, decision.code) == (level, code)
+        if code == "steady":
+            assert "goes on serving" in decision.reason
+
+    @pytest.mark.parametrize(("tpot", "level"), [(4.8, "int8"), (5.5, "int4")])
+    def test_the_momentarily_quicker_is_not_followed(self, tpot: float, level: str) -> None:
+        """int4 takes 496 ms for all of it; int8 33 ms and 99 times `tpot`."""
+        rates = {"decode_tokens_per_s": {"1": 1000 / tpot}}
+        close = with_level(ladder(), "int8", card=CARDS["int8"].model_copy(update=rates))
+        assert choose(close, objective="latency").level == "int4"
+        moment = Moment(recent="int8")
+        assert choose(close, objective="latency", moment=moment).level == level
+
+    def full(self, **more: Any) -> LadderSnapshot:
+        """54 of 70 MB are taken; fp32 (68 MB) needs the place of the others."""
+        states = {"fp32": STORED, "int4": ABSENT, "sparse24": ABSENT}
+        return replace(ladder(states), memory_budget=70 * MB, memory_used=54 * MB, **more)
+
+    def test_levels_do_not_take_turns_in_memory(self) -> None:
+        sla = {"max_ppl_ratio": 1.0005, "objective": "quality"}
+        better = with_level(
+            self.full(),
+            "bf16",
+            card=CARDS["bf16"].model_copy(update={"perplexity_ratio": 1.0004, "kl_nats": 0.02}),
+        )
+        assert choose(better, **sla).level == "fp32"
+        settling = Moment(settling=True)
+        decision = choose(better, moment=settling, **sla)
+        assert (decision.level, decision.code) == ("bf16", "steady")
+        strict = choose(better, moment=settling, max_ppl_ratio=1.0)
+        assert strict.level == "fp32"  # nothing in memory would do

@@ -25,7 +25,7 @@ def explain(policy: Policy, **sla: Any) -> dict[str, Any]:
 
 
 def test_a_choice_is_explained() -> None:
-    told = explain(Policy(name="p", max_ppl_ratio=1.1), tpot_ms=7, on_miss="wait")
+    told = explain(Policy(name="p", confidence=0.5, max_ppl_ratio=1.1), tpot_ms=7, on_miss="wait")
     assert told["budget"] == {"tpot_ms": 7, "max_ppl_ratio": 1.1}
     assert (told["policy"], told["objective"], told["on_miss"]) == ("p", "quality", "wait")
     assert told["decision"]["level"] == "int8"
@@ -47,7 +47,7 @@ def test_a_choice_is_explained() -> None:
 
 
 def test_a_refusal_is_explained() -> None:
-    told = explain(Policy(name="p"), tpot_ms=0.5, on_miss="reject")
+    told = explain(Policy(name="p", confidence=0.5), tpot_ms=0.5, on_miss="reject")
     assert told["decision"]["action"] == "reject"
     assert told["decision"]["level"] is None
     assert told["decision"]["could_meet"] == {"tpot_ms": 6.0}

@@ -196,7 +196,7 @@ class TestLadder:
 class TestReplay:
     def test_a_calm_host_keeps_every_promise(self) -> None:
         calm = [Arrival(2.0 * i, 100, 20) for i in range(50)]
-        (report,) = replay(calm, [Policy(name="p", tpot_ms=7)], ladder())
+        (report,) = replay(calm, [Policy(name="p", tpot_ms=7, confidence=0.5)], ladder())
         assert report.attainment == 1.0
         assert report.levels == {"int8": 1.0}
         assert report.mean_ppl_ratio == pytest.approx(1.001)
@@ -234,7 +234,7 @@ class TestReplay:
     def test_a_missing_level_is_built_and_then_used(self) -> None:
         start = ladder({"int8": State.ABSENT, "int4": State.ABSENT, "sparse24": State.ABSENT})
         arrivals = [Arrival(1.0 * i, 100, 20) for i in range(60)]
-        eager = Policy(name="p", tpot_ms=7, memory_mb=40, expected_requests=1000)
+        eager = Policy(name="p", tpot_ms=7, memory_mb=40, expected_requests=1000, confidence=0.5)
         (report,) = replay(arrivals, [eager], start)
         assert report.levels["int8"] > 0.5
         assert report.levels["bf16"] > 0.2
