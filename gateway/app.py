@@ -139,8 +139,9 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
                 pool.keep(model.id, level)
         parts.cards.listen(_learn(pool, parts.backends))
         metrics.watch(pool)
-        policy_store = PolicyStore(settings.policies, parts.documents)
+        policy_store = PolicyStore(settings.policies, parts.documents, audience=metrics)
         await policy_store.load()
+        stack.push_async_callback(policy_store.close)
         shadow = _shadow(settings, pool, metrics)
         for work in (_start_up(pool, settings), _report_usage(parts), shadow.run()):
             task = asyncio.create_task(work)

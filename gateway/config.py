@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +31,9 @@ from pydantic_settings import (
 )
 
 from gateway.errors import ConfigError
+from gateway.policy.inherit import BrokenChain, lineage
 from gateway.policy.policy import BUILTIN as BUILTIN_POLICIES
+from gateway.policy.policy import DEFAULT as DEFAULT_POLICY
 from gateway.policy.policy import Policy
 
 BUILTIN = Path(__file__).parent / "builtin" / "docs-17m"
@@ -196,6 +198,7 @@ class Settings(BaseSettings):
             twice = {v for v in values if values.count(v) > 1}
             if twice:
                 raise ValueError(f"{name}: given twice: {', '.join(sorted(twice))}")
+        _check_extends(self.policies)
         return self
 
     @classmethod
@@ -208,6 +211,19 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
+
+
+def _check_extends(policies: Iterable[Policy]) -> None:
+    """
+    Raises:
+        ValueError: a policy extends none that there is, or in the end itself.
+    """
+    named = {policy.name: policy for policy in (DEFAULT_POLICY, *policies)}
+    for policy in named.values():
+        try:
+            lineage(policy, named)
+        except BrokenChain as error:
+            raise ValueError(f"policies: {policy.name}: extends: {error}") from None
 
 
 def load_settings(file: Path | None = None, **flags: Any) -> Settings:

@@ -111,6 +111,7 @@ class Metrics:
             _ERROR,
         )
         self._live_quality()
+        self._policy_changes()
         self._build_work()
         self._cache()
 
@@ -122,6 +123,19 @@ class Metrics:
         )
         self._shadow_nll = self._counter(
             "shadow_nll_nats", "Their summed negative log-likelihood under dense", _PLACE
+        )
+
+    def _policy_changes(self) -> None:
+        self._policy_events = self._counter(
+            "policy_changes", "Policy versions made here, by kind", ("policy", "kind")
+        )
+        self._canary_outcomes = self._counter(
+            "policy_canary_requests",
+            "Requests of policies that a candidate is tried for",
+            ("policy", "arm", "met"),
+        )
+        self._canary_percent = self._gauge(
+            "policy_canary_percent", "Share of requests that get the candidate", ("policy",)
         )
 
     def _build_work(self) -> None:
@@ -209,6 +223,17 @@ class Metrics:
         self._at(self._shadow_tokens, model, level).inc(tokens)
         self._at(self._shadow_agreements, model, level).inc(agreeing)
         self._at(self._shadow_nll, model, level).inc(nll)
+
+    def policy_changed(self, policy: str, kind: str) -> None:
+        """One version of a policy; `kind` is from a closed set."""
+        self._at(self._policy_events, policy, kind).inc()
+
+    def canary_outcome(self, policy: str, arm: str, met: bool) -> None:
+        """One request of a policy that a candidate is tried for."""
+        self._at(self._canary_outcomes, policy, arm, str(met).lower()).inc()
+
+    def canary_percent(self, policy: str, percent: float) -> None:
+        self._at(self._canary_percent, policy).set(percent)
 
     # -- builds and cache -------------------------------------------------------------------
 

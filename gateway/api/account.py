@@ -152,9 +152,13 @@ class Account:
         if served:
             self._shadow()
         if served and measured is not None:
-            metrics.slo(wanted.model, level, self._policy.name, self._missed(measured))
+            missed = self._missed(measured)
         elif self.code != _HUNG_UP and decision is not None:
-            metrics.slo(wanted.model, level, self._policy.name, ("refused",))
+            missed = ("refused",)
+        else:
+            return
+        metrics.slo(wanted.model, level, self._policy.name, missed)
+        self._services.policies.observe(self._policy, met=not missed)
 
     def _shadow(self) -> None:
         """Offer the first answer for scoring, unless dense made it itself."""

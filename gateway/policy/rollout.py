@@ -67,7 +67,7 @@ class Rollouts:
     """
 
     def __init__(
-        self, documents: Documents, fallback: Fallback, on_outcome: Callable[[str, Arm, bool], None]
+        self, documents: Documents, fallback: Fallback, on_outcome: Callable[[str, str, bool], None]
     ) -> None:
         self._documents = documents
         self._fallback = fallback

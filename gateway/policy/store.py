@@ -11,12 +11,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from cache.documents import Documents
 from cache.errors import CacheError
 from gateway.errors import Conflict, InvalidRequest, Unavailable
-from gateway.policy.canary import Arm, Plan, Split
+from gateway.policy.canary import Plan, Split
 from gateway.policy.inherit import BrokenChain, lineage, resolve_all, resolved
 from gateway.policy.matching import RequestFacts, Table
 from gateway.policy.parse import parse_policy, written
@@ -30,12 +30,20 @@ NAMESPACE: Final = "policies"
 MAX_STORED: Final = 256
 LOCAL: Final = By()
 T = TypeVar("T")
-OnEvent = Callable[[str, Kind], None]
-OnOutcome = Callable[[str, Arm, bool], None]
 
 
-def _unheard(*_: object) -> None:
-    """For those who do not count."""
+class Audience(Protocol):
+    """Who is told what happens to policies here; the metrics are one."""
+
+    def policy_changed(self, policy: str, kind: str) -> None: ...
+    def canary_outcome(self, policy: str, arm: str, met: bool) -> None: ...
+    def canary_percent(self, policy: str, percent: float) -> None: ...
+
+
+class _Nobody:
+    def policy_changed(self, policy: str, kind: str) -> None: ...
+    def canary_outcome(self, policy: str, arm: str, met: bool) -> None: ...
+    def canary_percent(self, policy: str, percent: float) -> None: ...
 
 
 class PolicyStore:
@@ -45,8 +53,7 @@ class PolicyStore:
         configured: from the configuration; `default` is added when it is not among them.
         documents: where histories of policies set over HTTP live.
         clock: Unix seconds.
-        on_event: told of every version made here: the policy's name and the kind of change.
-        on_outcome: told of every outcome of a rollout: the policy's name, the arm, met or not.
+        audience: told of every version made here and every outcome of a candidate.
     """
 
     def __init__(
@@ -55,19 +62,18 @@ class PolicyStore:
         documents: Documents,
         *,
         clock: Callable[[], float] = time.time,
-        on_event: OnEvent = _unheard,
-        on_outcome: OnOutcome = _unheard,
+        audience: Audience | None = None,
     ) -> None:
         self._configured = {policy.name: policy for policy in (DEFAULT, *configured)}
         self._documents = documents
         self._clock = clock
-        self._on_event = on_event
+        self._audience = audience or _Nobody()
         self._writing = asyncio.Lock()
         self._histories: dict[str, History] = {}
         self._stored: dict[str, Policy] = {}
         self._watching = False
         self._table = Table({})
-        self.rollouts = Rollouts(documents, self._fallback, on_outcome)
+        self.rollouts = Rollouts(documents, self._fallback, self._audience.canary_outcome)
         self._swap()
 
     async def load(self) -> None:
@@ -271,7 +277,7 @@ class PolicyStore:
         if not self._watching:
             self._changed(name, document)
         version = _history_of(name, document).versions[-1]
-        self._on_event(name, version.kind)
+        self._audience.policy_changed(name, version.kind)
         return version
 
     async def _persist(self, write: Awaitable[T]) -> T:
@@ -362,6 +368,10 @@ class PolicyStore:
                 split = self._split(active[name], history.trial)
                 if split is not None:
                     splits[name] = (split, history.trial.version)
+        for name in self._table.splits.keys() - splits.keys():
+            self._audience.canary_percent(name, 0.0)
+        for name, (split, _) in splits.items():
+            self._audience.canary_percent(name, split.plan.percent)
         self._table = Table(active, {name: split for name, (split, _) in splits.items()})
         self.rollouts.follow(splits)
 

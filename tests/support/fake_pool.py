@@ -108,7 +108,7 @@ class Gateway:
             self.backends, memory_budget=10**9, max_jobs=4, on_job=self.metrics.job_changed
         )
         self.metrics.watch(self.pool)
-        store = PolicyStore(self.settings.policies, Documents())
+        store = PolicyStore(self.settings.policies, Documents(), audience=self.metrics)
         await store.load()
         await self.pool.open()
         await self.pool.load_defaults()
@@ -124,6 +124,7 @@ class Gateway:
         try:
             yield make_app(self.services)
         finally:
+            await store.close()
             await self.pool.close()
 
     @property
