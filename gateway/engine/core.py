@@ -196,7 +196,7 @@ class Core:
 
     def logits(self, name: str, windows: Tensor) -> Tensor:
         """fp32 logits of whole windows (see `runner.forward_logits`), outside any schedule."""
-        return forward_logits(self._variants[name].model, windows)
+        return forward_logits(self._variants[name].model, windows, self._make)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every book agrees (tests call it after every step)."""

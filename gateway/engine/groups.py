@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
 from gateway.engine.attention import Layout, Pool
@@ -24,7 +25,8 @@ _POOL_LIVES = 4  # a pool holds at most this many full batches of full contexts 
 @dataclass(frozen=True, slots=True)
 class LocalOptions:
     """Settings of a local runtime. `kv_bytes` bounds all KV pools, `threads` is torch's count,
-    `speculate` is who drafts: `off`, `auto`, a drafter of `drafters.DRAFTERS` or a level."""
+    `speculate` is who drafts: `off`, `auto`, a drafter of `drafters.DRAFTERS` or a level;
+    `outlines` is the folder where models' outlines are kept."""
 
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int = 1
@@ -35,6 +37,7 @@ class LocalOptions:
     kv_bytes: int = 256 * 2**20
     prefix_cache: bool = True
     speculate: str = OFF
+    outlines: Path | None = None
 
 
 class Member(Protocol):

@@ -33,8 +33,8 @@ from gateway.engine.base import (
 )
 from gateway.engine.core import Core, Event, Job, LocalOptions
 from gateway.engine.grammar import Grammars
-from gateway.engine.runner import Model, VariantWeights, build_model
-from gateway.engine.runners import settle
+from gateway.engine.model import Model, VariantWeights
+from gateway.engine.outlines import open_model
 from gateway.engine.tokenizer import Tokenizer
 
 __all__ = ["LocalEngine", "LocalOptions", "LocalRuntime"]
@@ -97,8 +97,10 @@ class LocalRuntime:
     def _build(self, weights: VariantWeights) -> Model:
         if self.options.device == "cuda":
             device_sampler.kernel()  # compiled now, not while a request waits
-        model = build_model(weights, device=self.options.device)
-        return settle(model, max_batch=self.options.max_num_seqs)
+        options = self.options
+        return open_model(
+            weights, options.outlines, device=options.device, max_batch=options.max_num_seqs
+        )
 
     async def close(self) -> None:
         """Stop the thread; sequences still running fail. Idempotent."""

@@ -81,14 +81,12 @@ def settle(model: Model, *, max_batch: int = 2) -> Model:
     Takes two short prompts' time, and that of compiling what steps of up to `max_batch` sequences
     need; call it before the model serves.
     """
-    layout, device = model.layout, str(next(model.module.parameters()).device)
+    layout = model.layout
     if model.decoder is None:
         return model
-    size = layout.block_size(_BLOCK)
-    blocks = 1 + layout.tail_blocks - (-(_PROMPT + 1) // size)
     try:
-        thin = _thin(model, make_pool(layout, blocks, size, device), max_batch)
-        ours = None if thin is None else _short_run(thin, model, size)
+        thin = _thin(model, _short_pool(model), max_batch)
+        ours = None if thin is None else _short_run(thin, model)
         if thin is not None and hasattr(thin, "warm"):
             thin.warm()
     except Exception:  # a compiler that is missing, a device too small: the module needs neither
@@ -96,8 +94,7 @@ def settle(model: Model, *, max_batch: int = 2) -> Model:
         return replace(model, decoder=None)
     if ours is None:
         return replace(model, decoder=None)
-    eager = Runner(model, make_pool(layout, blocks, size, device), max_batch=2)
-    theirs = _short_run(eager, model, size)
+    theirs = _short_run(Runner(model, _short_pool(model), max_batch=2), model)
     for slot in model.slots:
         slot.kv = None
     difference = float((ours - theirs).norm() / (theirs - theirs.mean(-1, keepdim=True)).norm())
@@ -112,9 +109,28 @@ def settle(model: Model, *, max_batch: int = 2) -> Model:
     return replace(model, decoder=None)
 
 
-def _short_run(runner: StepRunner, model: Model, size: int) -> Tensor:
+@torch.inference_mode()
+def same(model: Model, other: Model) -> bool:
+    """Whether thin runners of two models give the very same logits; both have one."""
+    found = []
+    for one in (model, other):
+        runner = _thin(one, _short_pool(one), 2)
+        found.append(None if runner is None else _short_run(runner, one))
+        for slot in one.slots:
+            slot.kv = None
+    return found[0] is not None and found[1] is not None and torch.equal(found[0], found[1])
+
+
+def _short_pool(model: Model) -> Pool:
+    """Room for `_short_run`."""
+    layout, device = model.layout, str(next(model.module.parameters()).device)
+    size = layout.block_size(_BLOCK)
+    return make_pool(layout, 1 + layout.tail_blocks - (-(_PROMPT + 1) // size), size, device)
+
+
+def _short_run(runner: StepRunner, model: Model) -> Tensor:
     """fp32 logits [n, vocab] of a prompt in two chunks and of one decode step."""
-    tail = model.layout.tail_blocks
+    tail, size = model.layout.tail_blocks, model.layout.block_size(_BLOCK)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.vocab_size, (_PROMPT + 1,), generator=generator).tolist()
     table = list(range(1 + tail, 1 + tail - (-(_PROMPT + 1) // size)))

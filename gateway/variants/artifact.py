@@ -5,17 +5,20 @@ The only file that knows both torch dtypes and manifest records.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from torch import Tensor
 
 from cache.artifact import Artifact
-from cache.manifest import ModuleRecord, TensorRecord
+from cache.manifest import Manifest, ModuleRecord, TensorRecord
 from cache.writer import ArtifactWriter
+from compressors.base import CompressionError
 from compressors.checkpoint import Checkpoint
 from compressors.export.formats import open_packed, write_packed
 from compressors.export.model import CompressedModel
@@ -26,7 +29,8 @@ from compressors.recipe import Recipe
 from compressors.tensor import LinearForm, StoredLinear
 from gateway.engine.kernels.nested import child_of
 from gateway.engine.kernels.store import pack, unpack
-from gateway.engine.runner import VariantWeights
+from gateway.engine.model import VariantWeights
+from gateway.errors import InvalidRequest
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -117,18 +121,49 @@ def weights_of(artifact: Artifact, dtype: torch.dtype, *, child: int = 0) -> Var
         linears=linears,
         dtype=dtype,
         kv=scheme_of(Recipe.parse(manifest.recipe)),
+        identity=_identity(manifest, child),
     )
 
 
-def dense_weights(checkpoint: Checkpoint, dtype: torch.dtype) -> VariantWeights:
+def _identity(manifest: Manifest, child: int) -> str:
+    tensors = sorted(
+        (name, record.digest, record.dtype, tuple(record.shape))
+        for name, record in manifest.tensors.items()
+    )
+    modules = sorted(
+        (name, record.scheme, record.layout, repr((record.meta, record.tensors)))
+        for name, record in manifest.modules.items()
+    )
+    config = json.dumps(manifest.config, sort_keys=True)
+    return blake3(repr((config, tensors, modules, child)).encode()).hexdigest()
+
+
+def dense_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    *,
+    identity: str = "",
+    names: Mapping[str, str] | None = None,
+) -> VariantWeights:
     """The checkpoint itself as a variant; tensors of `dtype` stay views of its mapped files.
+
+    Args:
+        identity: the checkpoint's `source_digest`, where it is known.
+        names: `compressors.model.source_names` of it, likewise.
 
     Raises:
         CheckpointError: a parameter is missing or misshapen.
     """
-    names = source_names(checkpoint, build_skeleton(checkpoint.config))
+    if names is None:
+        names = source_names(checkpoint, build_skeleton(checkpoint.config))
     tensors = {name: checkpoint.tensor(source) for name, source in names.items()}
-    return VariantWeights(config=checkpoint.config, tensors=tensors, linears={}, dtype=dtype)
+    return VariantWeights(
+        config=checkpoint.config,
+        tensors=tensors,
+        linears={},
+        dtype=dtype,
+        identity=identity,
+    )
 
 
 def imported_weights(folder: Path, dtype: torch.dtype) -> VariantWeights:
@@ -149,7 +184,7 @@ def imported_weights(folder: Path, dtype: torch.dtype) -> VariantWeights:
 
 
 def export_artifact(
-    artifact: Artifact, folder: Path, *, form: str, tokenizer_from: Path, child: int = 0
+    artifact: Artifact, folder: Path, form: str, *, tokenizer_from: Path, child: int = 0
 ) -> Path:
     """Write the artifact as a checkpoint folder in a format of `compressors.export.formats`.
 
@@ -157,7 +192,8 @@ def export_artifact(
         child: of nested weights, the bits to keep; 0 is all.
 
     Raises:
-        CompressionError: the format cannot hold the level; the message says why.
+        InvalidRequest: the format cannot hold the level, or the folder cannot be written; the
+            message says why.
     """
     weights = weights_of(artifact, torch.float32, child=child)
     model = CompressedModel(
@@ -165,7 +201,10 @@ def export_artifact(
         tensors=weights.tensors,
         forms=_Unpacked(weights.linears),
     )
-    return write_packed(folder, model, form=form, tokenizer_from=tokenizer_from)
+    try:
+        return write_packed(folder, model, form=form, tokenizer_from=tokenizer_from)
+    except (CompressionError, OSError) as error:
+        raise InvalidRequest(f"--export: {error}", param="export") from error
 
 
 class _Unpacked(Mapping[str, LinearForm]):

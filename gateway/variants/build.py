@@ -40,6 +40,7 @@ from gateway.variants.card import Card, Speculation
 from gateway.variants.measure import Speed, measure_speculation, measure_speed
 from gateway.variants.parts import bytes_by_part
 from gateway.variants.resume import BuildJournal
+from gateway.variants.shared import OUTLINES
 from gateway.variants.spec import BuildSpec
 from gateway.variants.texts import calibration_of, evaluation_windows
 
@@ -74,7 +75,8 @@ def build(
     if spec.imported:
         dense = imported_weights(spec.folder, torch_dtype(spec.compute_dtype))
     else:
-        dense = dense_weights(checkpoint, torch_dtype(spec.dense_dtype))
+        dtype = torch_dtype(spec.dense_dtype)
+        dense = dense_weights(checkpoint, dtype, identity=spec.source_digest)
     build_seconds = 0.0
     if spec.key:
         if disk.manifest(spec.key) is None:
@@ -250,6 +252,7 @@ async def _speeds(
                 max_num_seqs=_MEASURE_SEQS,
                 kv_bytes=_MEASURE_KV_BYTES,
                 prefix_cache=False,
+                outlines=spec.cache_dir / OUTLINES,
             )
         )
         stack.push_async_callback(runtime.close)

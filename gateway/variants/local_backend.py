@@ -27,19 +27,19 @@ from gateway.errors import InvalidRequest, ModelError
 from gateway.variants.backend import LevelSpec, Loaded, ProgressFn
 from gateway.variants.card import Card
 from gateway.variants.expected import Anatomy, Expectations
+from gateway.variants.facts import CheckpointFacts, facts_of
 from gateway.variants.jobs import BuildFailed, run_worker
-from gateway.variants.shared import Shared
+from gateway.variants.shared import FACTS, Shared
 from gateway.variants.spec import BuildSpec
 
 if TYPE_CHECKING:
     from cache.artifact import Artifact
     from compressors.checkpoint import Checkpoint
     from compressors.export.packed import PackedCheckpoint
-    from gateway.engine.runner import VariantWeights
+    from gateway.engine.model import VariantWeights
     from gateway.engine.upstream import UpstreamEngine
 
 DEFAULT_TEXT = "default-v1"  # stands for the default calibration text in artifact keys
-NATIVE_LEVELS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _CHILD = "@"  # in the key of its card, after the artifact's
 
 
@@ -68,6 +68,7 @@ class LocalBackend:
         self._checkpoint: Checkpoint | None = None
         self._tokenizer: Tokenizer | None = None
         self._source = ""
+        self._facts: CheckpointFacts | None = None
         self._anatomy: Anatomy | None = None
         self._expected: Expectations | None = None
         self._keys: dict[str, str] = {}
@@ -84,43 +85,31 @@ class LocalBackend:
         from compressors.base import CompressionError
         from compressors.checkpoint import Checkpoint
         from compressors.export.formats import open_packed
-        from compressors.model import block_share, build_skeleton, parse_config, source_names
-        from compressors.plan import shapes_of
 
         try:
             self._checkpoint = Checkpoint(self._folder)
             self._imported = open_packed(self._folder)
-            config = (self._imported or self._checkpoint).config
-            parsed = parse_config(config)
+            kept = self._shared.settings.cache.root / FACTS
+            facts = self._facts = facts_of(kept, self._checkpoint, self._imported)
             self._tokenizer = load_tokenizer(self._folder)
-            skeleton = build_skeleton(config)
             self._source = self._checkpoint.source_digest
-            shapes = None
-            if self._imported is None:  # every parameter must be there, in its shape
-                source_names(self._checkpoint, skeleton)
-                shapes = shapes_of(skeleton, next(skeleton.parameters()).element_size())
-            else:
-                self.default_level = self._imported.level
         except CompressionError as error:
             raise ModelError(str(error), param="model") from error
-        text_config = parsed.get_text_config()
-        dtype = str(text_config.dtype or "float32").removeprefix("torch.")
-        self._native = NATIVE_LEVELS.get(dtype, "fp32")
-        if self._imported is None:
-            self.default_level = self._native
-        else:  # it comes compressed and is one level; there is no dense model to make others of
-            self._names = ()
-        self._anatomy = Anatomy.of(text_config)
+        self._native = self.default_level = facts.native
+        if self._imported is not None:
+            # it comes compressed and is one level; there is no dense model to make others of
+            self.default_level, self._names = self._imported.level, ()
+        self._anatomy = facts.anatomy
         self.context_length = self._anatomy.context_length
         self._calibration = self._calibration_digest()
         names = (self.default_level, *self._names)
         self._recipes = {name: Recipe.parse(name) for name in names}
         self._keys = {name: self._key(recipe) for name, recipe in self._recipes.items()}
         self._expected = Expectations(
-            shapes,
+            facts.shapes,
             self._native,
             self._checkpoint.total_bytes,
-            block_share(skeleton),
+            facts.share,
             self._recipes,
             self._measured,
             self._shared.settings.build.threads,
@@ -302,24 +291,17 @@ class LocalBackend:
         Raises:
             InvalidRequest: not built, or a level that the format cannot hold.
         """
-        from compressors.base import CompressionError
         from gateway.variants.artifact import export_artifact
 
         artifact = await self._shared.store.fetch(self.key(level))
         if artifact is None:
             raise InvalidRequest(f"{level} has no artifact to export", param="export")
-        try:
-            written = await asyncio.to_thread(
-                export_artifact,
-                artifact,
-                folder,
-                form=form,
-                tokenizer_from=self._folder,
-                child=self._recipes[level].child,
+        child = self._recipes[level].child
+        return str(
+            await asyncio.to_thread(
+                export_artifact, artifact, folder, form, tokenizer_from=self._folder, child=child
             )
-        except (CompressionError, OSError) as error:
-            raise InvalidRequest(f"--export: {error}", param="export") from error
-        return str(written)
+        )
 
     async def delete(self, level: str) -> None:
         if level != self.default_level and level not in self._upstream:
@@ -344,7 +326,8 @@ class LocalBackend:
         if self._imported is not None:
             return imported_weights(self._folder, dtype)
         assert self._checkpoint is not None
-        return dense_weights(self._checkpoint, dtype)
+        names = None if self._facts is None else self._facts.names
+        return dense_weights(self._checkpoint, dtype, identity=self._source, names=names)
 
     def _artifact_weights(self, level: str, artifact: Artifact) -> VariantWeights:
         from compressors.model import torch_dtype

@@ -110,19 +110,24 @@ class Pace:
         """Seconds from the files to an engine that takes requests."""
         from compressors.model import torch_dtype
         from compressors.recipe import Recipe
-        from gateway.engine.runner import build_model
+        from gateway.engine.outlines import open_model
         from gateway.variants.artifact import dense_weights, weights_of
+        from gateway.variants.facts import facts_of
+        from gateway.variants.shared import FACTS, OUTLINES
 
         recipe, key = Recipe.parse(ask.level), self._key(ask.level)
+        cache, checkpoint = self._setup.cache_dir, self._checkpoint
+        identity, names = checkpoint.source_digest, facts_of(cache / FACTS, checkpoint, None).names
         began = time.perf_counter()
         if not key:
-            weights = dense_weights(self._checkpoint, torch_dtype(recipe.dtype or "bf16"))
+            dtype = torch_dtype(recipe.dtype or "bf16")
+            weights = dense_weights(checkpoint, dtype, identity=identity, names=names)
         else:
             artifact = self._disk.read(key)
             if artifact is None:
                 raise ValueError(f"{ask.level} is not stored")
             weights = weights_of(artifact, torch_dtype("bf16"), child=recipe.child)
-        model = build_model(weights)
+        model = open_model(weights, cache / OUTLINES, max_batch=self._setup.max_num_seqs)
         self._core.attach(ask.level, model, self._tokenizer)
         self._sizes[ask.level] = model.resident_bytes
         seconds = time.perf_counter() - began
@@ -216,7 +221,7 @@ class Pace:
         """The artifact's key; empty for the checkpoint's own dense level."""
         from cache.keys import variant_key
         from compressors.recipe import Recipe
-        from gateway.variants.local_backend import NATIVE_LEVELS
+        from gateway.variants.facts import NATIVE_LEVELS
 
         recipe, own = Recipe.parse(level), str(self._checkpoint.config.get("dtype"))
         if recipe.name == NATIVE_LEVELS.get(own):

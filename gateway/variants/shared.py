@@ -16,6 +16,10 @@ from gateway.variants.cards import CardBook
 if TYPE_CHECKING:
     from gateway.engine.local import LocalRuntime
 
+# Folders of the cache.
+OUTLINES = "outlines"  # see `engine.outlines`
+FACTS = "facts"  # see `variants.facts`
+
 
 class Runtime:
     """The engine runtime, started by the first load: torch is not imported before that."""
@@ -57,6 +61,7 @@ class Runtime:
                     kv_bytes=self.kv_budget,
                     prefix_cache=engine.prefix_cache,
                     speculate=engine.speculate,
+                    outlines=self._settings.cache.root / OUTLINES,
                 )
             )
         return self._runtime

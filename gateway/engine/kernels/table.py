@@ -49,17 +49,18 @@ class TableEmbedding(nn.Module):
 
     Attributes:
         rows: the very module that may also be the head.
+        scale: a value of `dtype`.
     """
 
     def __init__(self, rows: GroupedLinear, dtype: torch.dtype, scale: float | Tensor) -> None:
         super().__init__()
         self.rows, self.dtype = rows, dtype
-        self._scale = float(torch.tensor(float(scale), dtype=dtype))  # as the model's own code does
+        self.scale = float(torch.tensor(float(scale), dtype=dtype))  # as the model's own code does
 
     def forward(self, ids: Tensor) -> Tensor:
         out = look_up(self.rows, ids.reshape(-1)).to(self.dtype)
-        if self._scale != 1.0:
-            out *= self._scale
+        if self.scale != 1.0:
+            out *= self.scale
         return out.view(*ids.shape, -1)
 
 
