@@ -7,6 +7,8 @@ SERVED = f'{PLACE}, policy=~"$policy"'
 # Refused requests carry the level "none", so what counts them must not filter by level.
 ALL = 'model=~"$model", policy=~"$policy"'
 
+OWN = 'policy=~"$policy"'  # what is a policy's own, whatever model it serves
+
 
 def rate(metric: str, labels: str = SERVED, by: str = "") -> str:
     """Events per second, summed over replicas, by labels."""
@@ -39,6 +41,14 @@ def attainment(by: str = "") -> str:
     not); refusals and errors count against it."""
     due = rate("requests_total", f'{ALL}, code!="499"', by)
     met = rate("slo_met_total", ALL, by)
+    return f"({met} or 0 * {due}) / ({due} > 0)"
+
+
+def candidate_attainment() -> str:
+    """Of the policies that a candidate is tried for, by arm."""
+    by = "policy, arm"
+    met = rate("policy_canary_requests_total", f'{OWN}, met="true"', by)
+    due = rate("policy_canary_requests_total", OWN, by)
     return f"({met} or 0 * {due}) / ({due} > 0)"
 
 

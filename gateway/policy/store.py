@@ -22,13 +22,12 @@ from gateway.policy.matching import RequestFacts, Table
 from gateway.policy.parse import parse_policy, written
 from gateway.policy.policy import DEFAULT, Policy
 from gateway.policy.rollout import Rollouts
-from gateway.policy.versions import CONFIGURED, By, History, Kind, Version, read_history
+from gateway.policy.versions import CONFIGURED, LOCAL, By, History, Kind, Version, read_history
 
 log = logging.getLogger(__name__)
 
 NAMESPACE: Final = "policies"
 MAX_STORED: Final = 256
-LOCAL: Final = By()
 T = TypeVar("T")
 
 

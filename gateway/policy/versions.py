@@ -18,6 +18,7 @@ from gateway.errors import Conflict, NotFound
 from gateway.policy.canary import Plan
 
 MAX_VERSIONS: Final = 50
+MAX_COMMENT: Final = 500  # characters
 MAX_BYTES: Final = 800_000  # of one history; older versions than fit are forgotten
 CONFIGURED: Final = 0  # number of the version that the configuration holds
 
@@ -31,7 +32,10 @@ class By(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     author: str = "local"
-    comment: str | None = Field(default=None, max_length=500)
+    comment: str | None = Field(default=None, max_length=MAX_COMMENT)
+
+
+LOCAL: Final = By()
 
 
 class Version(BaseModel):

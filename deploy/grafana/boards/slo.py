@@ -8,6 +8,7 @@ from deploy.grafana.panels import (
     BAD_WHEN_HIGH,
     BAD_WHEN_LOW,
     PER_SECOND,
+    PLAIN,
     SECONDS,
     SHARE,
     heat,
@@ -17,8 +18,11 @@ from deploy.grafana.panels import (
 )
 from deploy.grafana.queries import (
     ALL,
+    OWN,
     PLACE,
     attainment,
+    candidate_attainment,
+    in_an_hour,
     quantile,
     rate,
     refused,
@@ -62,6 +66,28 @@ def board() -> models.Dashboard:
                     "Misses per second.",
                     {"{{policy}}: {{budget}}": rate("slo_missed_total", ALL, "policy, budget")},
                     PER_SECOND,
+                ),
+            ),
+            "Policies": (
+                lines(
+                    "Candidates",
+                    "Share of requests that kept every budget, while a candidate is tried.",
+                    {"{{policy}}: {{arm}}": candidate_attainment()},
+                    SHARE,
+                    most=1,
+                ),
+                lines(
+                    "Share that gets the candidate",
+                    "0 when none is tried.",
+                    {"{{policy}}": f"max by (policy) (pressgate_policy_canary_percent{{{OWN}}})"},
+                    PLAIN,
+                    most=100,
+                ),
+                lines(
+                    "Changes",
+                    "Versions made in the last hour; fallback: a candidate that was dropped.",
+                    {"{{policy}}: {{kind}}": in_an_hour("policy_changes_total", "policy, kind")},
+                    PLAIN,
                 ),
             ),
             "Predicted and measured": (
