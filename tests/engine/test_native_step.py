@@ -251,6 +251,17 @@ def test_a_row_of_attention_depends_on_nothing_else(dtype: torch.dtype) -> None:
         assert torch.equal(alone.run(keys, values, None, threads=2).full, rows)
 
 
+def test_buffers_begin_a_line_of_the_cache_and_are_kept() -> None:
+    buffers = native.Buffers(3)
+    for width in (1, 45, 768, 100_000):
+        for dtype in (torch.float32, torch.bfloat16):
+            flat = buffers.get("x", width, dtype)
+            assert flat.data_ptr() % 64 == 0
+            assert flat.shape == (3 * width,)
+            assert not flat.any()
+            assert buffers.get("x", width, dtype) is flat
+
+
 def test_python_calls_run_in_their_place() -> None:
     assert FOUND is not None
     table, x, out = random(3, 8), torch.zeros(2, 8), Both.of(2, 8)
