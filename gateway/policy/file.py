@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,26 +11,34 @@ from pydantic import ValidationError
 
 from gateway.config import Settings
 from gateway.errors import ConfigError
+from gateway.policy.inherit import BrokenChain, lineage
 from gateway.policy.parse import problems
-from gateway.policy.policy import Policy
+from gateway.policy.policy import DEFAULT, Policy
 
 MAX_BYTES: Final = 2**20
 _MAX_NODES: Final = 50_000  # a small file can unfold to any size through aliases
 Path_ = tuple[int | str, ...]
 
 
-def load_policies(path: Path) -> tuple[Policy, ...]:
+def load_policies(
+    path: Path, *, elsewhere: Collection[str] | None = (DEFAULT.name,)
+) -> tuple[Policy, ...]:
     """Read a file that holds a list of policies, one policy, or a configuration's `policies:`.
+
+    Args:
+        elsewhere: names that may be extended besides those of the file; None: any.
 
     Raises:
         ConfigError: unreadable, not YAML, a key given twice or unknown, a bad value, a name given
-            twice; each fault as `FILE:LINE: key: what is wrong`.
+            twice, extending what is not there or in the end itself; each fault as
+            `FILE:LINE: key: what is wrong`.
     """
     root = _compose(path)
     lines: dict[Path_, int] = {}
     document = _Reader(path, lines).read(root, ())
     prefix, entries = _entries(path, document, lines)
     policies: dict[str, Policy] = {}
+    places: dict[str, Path_] = {}
     faults: list[str] = []
     for index, entry in enumerate(entries):
         at = (*prefix, index) if prefix or isinstance(document, list) else ()
@@ -44,10 +53,28 @@ def load_policies(path: Path) -> tuple[Policy, ...]:
             continue
         if policy.name in policies:
             faults.append(f"{path}:{_line(lines, (*at, 'name'))}: name: {policy.name!r} is taken")
-        policies[policy.name] = policy
+        policies[policy.name], places[policy.name] = policy, at
+    for name, fault in _broken(policies, elsewhere).items():
+        faults.append(f"{path}:{_line(lines, (*places[name], 'extends'))}: extends: {fault}")
     if faults:
         raise ConfigError("\n".join(faults), param="policies")
     return tuple(policies.values())
+
+
+def _broken(
+    policies: Mapping[str, Policy], elsewhere: Collection[str] | None
+) -> dict[str, BrokenChain]:
+    """The policies whose `extends` is at fault."""
+    named = {policy.extends for policy in policies.values() if policy.extends is not None}
+    outside = named if elsewhere is None else named & set(elsewhere)
+    everything = {name: Policy(name=name) for name in outside} | dict(policies)
+    broken = {}
+    for policy in policies.values():
+        try:
+            lineage(policy, everything)
+        except BrokenChain as error:
+            broken[error.name] = error
+    return broken
 
 
 def _compose(path: Path) -> yaml.Node:

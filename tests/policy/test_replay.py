@@ -48,7 +48,7 @@ class TestTrace:
     def test_plain_seconds_and_other_columns(self, tmp_path: Path) -> None:
         path = tmp_path / "trace.csv"
         path.write_text("GeneratedTokens,who,TIMESTAMP,ContextTokens\n5,x,10.5,7\n6,y,12,8\n")
-        assert read_trace(path)[1] == Arrival(1.5, 8, 6)
+        assert read_trace(path)[1] == Arrival(1.5, 8, 6, at=12.0)
 
     @pytest.mark.parametrize(
         ("text", "message"),
