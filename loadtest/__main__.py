@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from loadtest import gateways, gpu, overhead, shapes, stall, workloads
+from loadtest import gateways, gpu, overhead, predict, shapes, stall, workloads
 from loadtest import options as opt
 from loadtest.client import Client, Outcome, Target, calibrate
 from loadtest.compare import cli as compare
@@ -29,6 +29,7 @@ from loadtest.mix import BadInput, Goals, Mix, load_mix, single_class
 from loadtest.peers import install
 from loadtest.report import record, summarize
 from loadtest.runner import Bounds, Run, run_closed, run_open
+from loadtest.sla import cli as sla
 from loadtest.tables import print_report
 
 app = typer.Typer(
@@ -36,7 +37,9 @@ app = typer.Typer(
 )
 app.command("overhead")(overhead.command)
 app.command("stall")(stall.command)
+app.command("predict")(predict.command)
 app.command("shapes")(shapes.command)
+app.command("sla")(sla.command)
 compare.app.command("cuda")(gpu.command)
 app.command("peers")(install.command)
 app.add_typer(compare.app, name="compare")

@@ -103,6 +103,7 @@ def level_row(model: str, facts: LevelFacts) -> dict[str, Any]:
         "pinned": facts.pinned,
         "running": stats.running,
         "waiting": stats.waiting,
+        "kv_bytes_per_token": facts.kv_bytes_per_token,
         "drafted_tokens": stats.drafted_tokens,
         "accepted_tokens": stats.accepted_tokens,
         **facts.card.model_dump(mode="json"),
