@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from cache.chunks import CHUNK_BYTES
 from cache.disk import DiskStore
 from cache.keys import variant_key
 from cache.manifest import Manifest
@@ -72,3 +73,19 @@ def redis_store(url: str, **settings: object) -> RedisStore:
         "timeout": 1.0,
     }
     return RedisStore(url, **(defaults | settings))  # type: ignore[arg-type]
+
+
+TENSORS = {
+    "large": some_bytes("large", 5 * MIB + 3),
+    "chunk": some_bytes("chunk", CHUNK_BYTES),
+    "small": some_bytes("small", 10),
+    "empty": b"",
+}
+
+
+async def share(redis: RedisStore, disk: DiskStore, recipe: str) -> bool:
+    """Copy a stored artifact to Redis."""
+    artifact = disk.read(key_of(recipe))
+    assert artifact is not None
+    with artifact:
+        return await redis.share(artifact)
