@@ -83,9 +83,8 @@ def judge(
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
     """int64 [rows]: tokens by inverse transform sampling from `weights` [rows, vocab], which need
     not add up to 1; `uniform` is float64 [rows] in [0, 1)."""
-    cumulative = weights.double().cumsum(-1)
-    wanted = uniform * cumulative[:, -1]
-    index = torch.searchsorted(cumulative, wanted[:, None], right=True)[:, 0]
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1]
     # Rounding at the very end must not reach past the last possible token.
-    last = (weights > 0).long().cumsum(-1).argmax(-1)
-    return torch.minimum(index, last)
+    wanted = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, wanted[:, None], right=True)[:, 0]

@@ -95,8 +95,10 @@ def kernel() -> Drawing | None:
 def weigh(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """What tokens are drawn in proportion to, fp32 as `logits` [rows, vocab]; 0: cut off."""
     heat = [max(p.temperature, COLDEST) for p in params]
-    knobs = upload([heat, *_limits(params, logits.shape[1])], torch.float64, logits.device)
-    return _weigh(logits, knobs[0, :, None], knobs[1:, :, None])
+    cuts = any(p.top_k or p.top_p < 1.0 or p.min_p for p in params)
+    limits = _limits(params, logits.shape[1]) if cuts else []
+    knobs = upload([heat, *limits], torch.float64, logits.device)[:, :, None]
+    return _weigh(logits, knobs[0], knobs[1:] if cuts else None)
 
 
 def _limits(params: Sequence[SamplingParams], vocab: int) -> list[list[float]]:

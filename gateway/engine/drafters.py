@@ -195,17 +195,17 @@ def _next(logits: Tensor, rows: Sequence[RowState]) -> tuple[Tensor, Tensor | No
     """A token per row, int64 [rows], and what it was drawn from (zeros for greedy rows; None: all
     are)."""
     logits = adjusted(logits, rows)
-    tokens = logits.argmax(-1)
     chosen = [i for i, row in enumerate(rows) if row.random]
     if not chosen:
-        return tokens, None
+        return logits.argmax(-1), None
+    uniform = upload([rows[i].draw() for i in chosen], torch.float64, logits.device)
+    if len(chosen) == len(rows):
+        probs = distributions(logits, [row.params for row in rows])
+        return draw(probs, uniform), probs
     index = upload(chosen, torch.long, logits.device)
-    probs = torch.zeros_like(logits)
-    probs[index] = distributions(logits[index], [rows[i].params for i in chosen])
-    uniform = [rows[i].draw() for i in chosen]
-    drawn = upload(uniform, torch.float64, logits.device)
-    tokens[index] = draw(probs[index], drawn)
-    return tokens, probs
+    some = distributions(logits[index], [rows[i].params for i in chosen])
+    probs = torch.zeros_like(logits).index_copy_(0, index, some)
+    return logits.argmax(-1).index_copy_(0, index, draw(some, uniform)), probs
 
 
 def adjusted(logits: Tensor, rows: Sequence[RowState]) -> Tensor:

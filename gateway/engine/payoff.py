@@ -5,6 +5,8 @@ verify; a drafter takes d seconds per token. With acceptance α, k drafts of a r
 1 + α + … + αᵏ tokens. So a step of b rows yields Σ yields ÷ (T(b + Σ k) + k · d) tokens a second
 with drafts and b ÷ T(b) without, and the larger one is taken. T, d and α are measured while
 serving: what is not known yet is tried now and then, what was slower is tried ever more rarely.
+Where plain steps are launched ahead of the host and others wait for it, T(b) without drafts is
+another time than T of the same rows with them.
 
 Owns figures and the arithmetic. Torch-free, and it has no clock.
 """
@@ -107,7 +109,8 @@ class Payoff:
     """The figures of one target level on one host."""
 
     idle_patience: int = _FIRST_PATIENCE  # plain steps after one that nobody could draft for
-    steps: Curve = field(default_factory=Curve)  # by rows
+    ahead: Curve | None = None  # plain steps by rows, where they are launched ahead
+    steps: Curve = field(default_factory=Curve)  # by rows: the others, or all
     drafts: dict[str, Curve] = field(default_factory=dict)  # a drafter's, by rows, per token
     _patience: int = _FIRST_PATIENCE
     _plain: int = 0  # plain steps since the last try
@@ -117,6 +120,8 @@ class Payoff:
 
     def due(self, batch: int) -> bool:
         """Whether `choose` may say anything but None for `batch` rows; else tell `skip`."""
+        if self.ahead is not None and not self.ahead.known(batch):
+            return False  # to ask would be to wait
         return self._warm > 0 or self._plain >= self._patience or batch != self._batch
 
     def skip(self) -> None:
@@ -132,13 +137,14 @@ class Payoff:
             offers: by drafter, what it can do for each row.
             places: rows that a step can have.
         """
-        plain, self._batch = self.steps.at(batch), batch
+        without = self.steps if self.ahead is None else self.ahead
+        plain, self._batch = without.at(batch), batch
         best, rate = None, 0.0
-        if plain is None or not self.steps.known(batch):
+        if plain is None or not without.known(batch):
             self._plain, self._batch = self._plain + 1, 0  # ask again
             return None
         for name, rows in offers.items():
-            choice, found = self._best(name, batch, rows, places)
+            choice, found = self._best(name, plain, rows, places)
             if choice is not None and found > rate:
                 best, rate = choice, found
         if best is not None and rate * plain > _MARGIN * batch:
@@ -157,9 +163,13 @@ class Payoff:
         return best
 
     def _best(
-        self, name: str, batch: int, rows: Sequence[Offer], places: int
+        self, name: str, plain: float, rows: Sequence[Offer], places: int
     ) -> tuple[Choice | None, float]:
-        """The fastest number of tokens to draft, and the tokens a second that it promises."""
+        """The fastest number of tokens to draft, and the tokens a second that it promises.
+
+        Args:
+            plain: seconds of a step without drafts; where no other was measured, of any.
+        """
         curve = self.drafts.setdefault(name, Curve())
         drafting = sum(row.most > 0 for row in rows)
         each = curve.at(drafting) if drafting else None
@@ -167,7 +177,7 @@ class Payoff:
         if each is None:
             each, most = 0.0, min(most, _UNTRIED)
         counts, chances = [0] * len(rows), [1.0] * len(rows)
-        total, tokens, best, rate = batch, float(batch), None, 0.0
+        total, tokens, best, rate = len(rows), float(len(rows)), None, 0.0
         for k in range(1, most + 1):
             for i, row in enumerate(rows):
                 chance = chances[i] * row.alpha
@@ -176,7 +186,7 @@ class Payoff:
                     tokens, total = tokens + chance, total + 1
             if k not in counts:
                 break
-            seconds = (self.steps.at(total) or 0.0) + k * each
+            seconds = (self.steps.at(total) or plain) + k * each
             if seconds > 0 and tokens / seconds > rate:
                 best, rate = Choice(name, list(counts)), tokens / seconds
         return best, rate

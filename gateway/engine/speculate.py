@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from gateway.engine.acceptance import distributions, judge
+from gateway.engine.device_sampler import upload
 from gateway.engine.drafters import DRAFTERS, Draft, Drafter, LevelDrafter
 from gateway.engine.draw import launch
 from gateway.engine.host_acceptance import Shares, judge_row
 from gateway.engine.payoff import Choice, Curve, Offer, Payoff, Verdicts
 from gateway.engine.runner import Model
-from gateway.engine.runners import StepRunner
+from gateway.engine.runners import AheadRunner, StepRunner
 from gateway.engine.sampler import RowState, Scored, score
 from gateway.engine.scheduler import Scheduler
 from gateway.engine.scheduler import Sequence as Tokens
@@ -35,6 +36,7 @@ from gateway.engine.tokenizer import Tokenizer
 
 OFF, AUTO = "off", "auto"
 _AHEAD_PATIENCE = 64
+_FLOWING = 3  # steps launched ahead; the first ones wait for nothing, or for what came before
 _LIGHTER = 0.8  # a level with at most this share of another's bytes may draft for it
 
 
@@ -95,6 +97,7 @@ class _Open(NamedTuple):
     first: Tokens
     rows: int
     drafting: float  # seconds
+    ahead: int = 0  # launched before the last one was read: so many in a row
 
 
 class Speculator:
@@ -122,8 +125,8 @@ class Speculator:
         self.level = level
         self.drafters: list[Drafter] = []
         # Asking costs a runner that is launched ahead a step that is not.
-        ahead = hasattr(level.runner, "decode_from")
-        self.payoff = Payoff(idle_patience=_AHEAD_PATIENCE) if ahead else Payoff()
+        self._ahead = isinstance(level.runner, AheadRunner)
+        self.payoff = Payoff(_AHEAD_PATIENCE, ahead=Curve()) if self._ahead else Payoff()
         self._runner = level.runner
         self._scheduler = scheduler
         self._places = places
@@ -173,9 +176,12 @@ class Speculator:
     def skip(self, turn: int, batch: Sequence[Tokens]) -> None:
         """`batch` is decoded plainly without asking."""
         began = self._clock()
+        last = self._open
         self._close(turn, began, batch)
         self.payoff.skip()
-        self._open = _Open(turn, began, batch[0], len(batch), 0.0)
+        before = last.ahead if last is not None and last.turn == turn - 1 else 0
+        ahead = before + 1 if self._ahead else 0
+        self._open = _Open(turn, began, batch[0], len(batch), 0.0, ahead)
 
     def due(self, batch: int) -> bool:
         """Whether `step` may do more than decode plainly; it needs all tokens known then."""
@@ -185,8 +191,14 @@ class Speculator:
     def _close(self, turn: int, now: float, batch: Sequence[Tokens]) -> None:
         """Learn what the step before took, if nothing came between."""
         last, self._open = self._open, None
-        if last is not None and last.turn == turn - 1 and last.first is batch[0]:
-            self.payoff.steps.note(last.rows, now - last.began - last.drafting)
+        if last is None or last.turn != turn - 1 or last.first is not batch[0]:
+            return
+        curve = self.payoff.steps
+        if last.ahead and self.payoff.ahead is not None:
+            if last.ahead < _FLOWING:
+                return
+            curve = self.payoff.ahead
+        curve.note(last.rows, now - last.began - last.drafting)
 
     def _choose(self, batch: Sequence[Tokens], rows: Sequence[RowState]) -> Choice | None:
         room = [
@@ -336,24 +348,25 @@ def _judged(
     device = logits.device
     tokens = [draft.tokens[i] for i in chosen]
     most = max(map(len, tokens))
-    shape = (len(chosen), most + 1, logits.shape[1])
-    target = torch.zeros(shape, dtype=logits.dtype, device=device)
-    uniform = torch.zeros(len(chosen), most + 1, dtype=torch.float64)
-    for place, i in enumerate(chosen):
-        span = slice(spans[i].start, spans[i].stop)
-        params = [rows[i].params] * len(spans[i])
-        target[place, : len(params)] = distributions(logits[span], params)
-        uniform[place] = torch.tensor(
-            [rows[i].draw() for _ in range(most + 1)], dtype=torch.float64
-        )
-    padded = torch.tensor([[*line, *[0] * (most - len(line))] for line in tokens], device=device)
+    # Rows with fewer drafts are filled up with their last position, which nobody looks at.
+    places = [min(spans[i].start + j, spans[i].stop - 1) for i in chosen for j in range(most + 1)]
+    params = [rows[i].params for i in chosen for _ in range(most + 1)]
+    target = distributions(logits[upload(places, torch.long, device)], params)
+    uniform = [[rows[i].draw() for _ in range(most + 1)] for i in chosen]
     probs = None
     if isinstance(draft.probs, Tensor):
-        probs = draft.probs[torch.tensor(chosen, device=device), :most]
-    counts = torch.tensor([len(line) for line in tokens], device=device)
-    kept, following = judge(target, probs, padded, counts, uniform.to(device))
-    ends = zip(chosen, tokens, kept.tolist(), following.tolist(), strict=True)
-    return {i: [*line[:good], last] for i, line, good, last in ends}
+        probs = draft.probs[upload(chosen, torch.long, device), :most]
+    kept, following = judge(
+        target.view(len(chosen), most + 1, -1),
+        probs,
+        upload([[*line, *[0] * (most - len(line))] for line in tokens], torch.long, device),
+        upload([len(line) for line in tokens], torch.long, device),
+        upload(uniform, torch.float64, device),
+    )
+    ends = torch.stack([kept, following], 1).tolist()
+    return {
+        i: [*line[:good], last] for i, line, (good, last) in zip(chosen, tokens, ends, strict=True)
+    }
 
 
 def _scored(logits: Tensor, tokens: Sequence[int], row: RowState) -> list[Scored]:

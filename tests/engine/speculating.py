@@ -81,9 +81,9 @@ def pair(folder: Path, tokenizer: Tokenizer, noise: float = 0.1, **options: Any)
     return speculating(core)
 
 
-def plain_core(folder: Path, tokenizer: Tokenizer) -> Core:
-    core = small_core()
-    core.attach("m@big", exact(folder), tokenizer)
+def plain_core(folder: Path, tokenizer: Tokenizer, device: str = "cpu") -> Core:
+    core = small_core(device=device)
+    core.attach("m@big", exact(folder, device), tokenizer)
     return core
 
 

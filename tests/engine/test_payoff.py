@@ -143,6 +143,27 @@ def test_nobody_is_asked_often_who_had_nothing_to_offer() -> None:
     assert payoff.choose(1, {"d": [Offer(0.9, MOST)]}, 64) is not None
 
 
+@pytest.mark.parametrize(("alpha", "used"), [(0.9, True), (0.3, False)])
+def test_steps_that_are_launched_ahead_are_what_drafts_have_to_beat(
+    alpha: float, used: bool
+) -> None:
+    """Steps that wait take twice as long here: what beats those may be slower all the same."""
+    payoff, chosen = Payoff(ahead=Curve()), 0
+    assert payoff.ahead is not None
+    for _ in range(300):
+        if not payoff.due(1):
+            payoff.skip()
+            payoff.ahead.note(1, 0.5)
+            continue
+        assert payoff.ahead.known(1)
+        choice = payoff.choose(1, {"d": [Offer(alpha, MOST)]}, 64)
+        payoff.steps.note(1 if choice is None else 1 + choice.counts[0], 1.0)
+        if choice is not None:
+            payoff.drafts["d"].note(1, 0.1)
+            chosen += 1
+    assert chosen > 100 if used else chosen < 10
+
+
 def test_no_more_rows_than_there_are_places() -> None:
     payoff = Payoff()
     for _ in range(20):

