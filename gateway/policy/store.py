@@ -107,6 +107,10 @@ class PolicyStore:
         """Every policy, the first to match first; `default` last."""
         return self._table.ordered()
 
+    def written(self) -> dict[str, Policy]:
+        """Every policy by name as it was written, before anything is inherited."""
+        return {**self._configured, **self._stored}
+
     def history(self, name: str) -> History:
         """Every version that is remembered, oldest first; what the configuration holds is version
         0. Deleted policies keep theirs.
@@ -312,7 +316,7 @@ class PolicyStore:
             InvalidRequest: the policy extends none that there is, or in the end itself.
         """
         try:
-            lineage(policy, {**self._written(), policy.name: policy})
+            lineage(policy, {**self.written(), policy.name: policy})
         except BrokenChain as error:
             raise InvalidRequest(f"extends: {error}", param="extends") from None
 
@@ -349,13 +353,9 @@ class PolicyStore:
         if policy is not None:
             self._stored[name] = policy
 
-    def _written(self) -> dict[str, Policy]:
-        """As they were written, before anything is inherited."""
-        return {**self._configured, **self._stored}
-
     def _swap(self) -> None:
         """What is unchanged stays the same object: requests under way are counted by it."""
-        active, broken = resolve_all(self._written())
+        active, broken = resolve_all(self.written())
         for name, error in broken.items():
             log.warning("policy %s inherits nothing: %s", name, error)
         for name, policy in self._table.policies.items():
@@ -379,7 +379,7 @@ class PolicyStore:
         assert trial.plan is not None, "a trial has a plan"
         try:
             given = parse_policy(stable.name, trial.document)
-            candidate = resolved(given, {**self._written(), stable.name: given})
+            candidate = resolved(given, {**self.written(), stable.name: given})
         except (InvalidRequest, BrokenChain) as error:
             log.warning("candidate for policy %s is left out: %s", stable.name, error)
             return None

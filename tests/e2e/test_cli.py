@@ -174,11 +174,15 @@ def test_replay_compares_policies(desk: Desk) -> None:
     file = desk.folder / "two.yaml"
     file.write_text("- {name: default}\n- {name: none, memory_mb: 0.001, on_miss: reject}\n")
     result = facts("replay", str(trace), "--policy", str(file), "--json", *desk.cache)
-    by_name = {row["policy"]: row for row in result["policies"]}
+    by_name = {row["tried"]: row["total"]["new"] for row in result["comparisons"]}
     assert by_name["default"]["requests"] == by_name["none"]["requests"] == 20
     assert sum(by_name["none"]["refusals"].values()) == 20
     assert by_name["none"]["attainment"] == 0
     assert not by_name["default"]["refusals"]
+    moved = {row["tried"]: row["moves"] for row in result["comparisons"]}
+    assert [(move["to"], move["requests"]) for move in moved["none"]] == [(None, 20)]
+    alone = facts("replay", str(trace), "--against", str(file), "--json", *desk.cache)
+    assert [row["requests"] for row in alone["policies"]] == [20, 20]
 
 
 def test_policies_are_checked_sent_and_shown(desk: Desk, fake: GatewayProcess) -> None:
