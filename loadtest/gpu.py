@@ -199,6 +199,7 @@ def _rate(child: Child, ask: Ask, extra: dict[str, str]) -> Callable[[], float]:
 def _against(ours: Child, level: str, peer: _Peer, ask: Ask, runs: int) -> dict[str, Any]:
     """One measurement of our level and of every way of transformers that gives a number."""
     measures = {OURS: _rate(ours, ask, {"level": level})}
+    measures[OURS]()  # the first of each is thrown away
     for way in ask.ways:
         if peer.child is None or way not in peer.ways:
             continue
@@ -209,7 +210,7 @@ def _against(ours: Child, level: str, peer: _Peer, ask: Ask, runs: int) -> dict[
             peer.skipped.append(f"{way}, {ask.title}: {error}")
         else:
             measures[f"transformers {way}"] = rate
-    return _row(ask, in_turn(measures, runs), OURS)
+    return _row(ask, in_turn(measures, runs, warm=True), OURS)
 
 
 def _levels(ours: Child, levels: Sequence[str], ask: Ask, runs: int) -> dict[str, Any]:

@@ -13,11 +13,13 @@ from typing import Any
 Measure = Callable[[], float]
 
 
-def in_turn(measures: Mapping[str, Measure], runs: int) -> dict[str, list[float]]:
-    """`runs` numbers of each, after one of each that is thrown away. Every other round goes
-    backwards, so that nobody always follows the same neighbour."""
+def in_turn(
+    measures: Mapping[str, Measure], runs: int, *, warm: bool = False
+) -> dict[str, list[float]]:
+    """`runs` numbers of each, after one of each that is thrown away, unless they are `warm`. Every
+    other round goes backwards, so that nobody always follows the same neighbour."""
     found: dict[str, list[float]] = {name: [] for name in measures}
-    for measure in measures.values():
+    for measure in () if warm else measures.values():
         measure()
     for index in range(runs):
         order = list(measures)[:: 1 if index % 2 == 0 else -1]

@@ -38,6 +38,7 @@ def test_a_way_that_fails_is_skipped_and_said() -> None:
     row = gpu._against(ours, "bf16", peer, ask, 3)  # type: ignore[arg-type]
     assert row["median"] == pytest.approx({"pressgate": 200.0, "transformers generate": 20.0})
     assert row["ratio"] == pytest.approx(10.0)
+    assert len(ours.asked) == len(theirs.asked) - 1 == 4  # compiled was asked once
     assert len(peer.skipped) == 1
     assert "compiled, one" in peer.skipped[0]
     assert "out of memory" in peer.skipped[0]
