@@ -36,8 +36,9 @@ from gateway.engine.draw import Draw, launch
 from gateway.engine.groups import Group, Groups, LocalOptions
 from gateway.engine.job import Job
 from gateway.engine.runner import Model, forward_logits
-from gateway.engine.runners import AheadRunner, StepRunner, make_runner
+from gateway.engine.runners import AheadRunner, MixedRunner, StepRunner, make_runner
 from gateway.engine.sampler import Scored
+from gateway.engine.scheduler import Plan
 from gateway.engine.scheduler import Sequence as Tokens
 from gateway.engine.speculate import Level, Speculator, enlist, make_speculator
 from gateway.engine.tokenizer import Tokenizer
@@ -191,6 +192,24 @@ class Core:
         if variant is not None and variant.jobs.pop(id(job.seq), None) is job:
             variant.group.scheduler.finish(job.seq)
 
+    def move(self, job: Job, name: str) -> tuple[int | None, list[Event]]:
+        """Let variant `name` go on with a running request, on the KV that is there.
+
+        Returns: (tokens of its answer so far, None when it cannot move; events of steps that had to
+        land first).
+        """
+        events = self._land(0)
+        old, new = self._variants.get(job.seq.variant), self._variants.get(name)
+        if old is None or new is None or old is new or old.group is not new.group:
+            return None, events
+        if old.jobs.get(id(job.seq)) is not job or job.scoring:
+            return None, events
+        needed = job.seq.prompt_length + job.seq.max_tokens
+        if needed > new.model.context_length or not old.group.scheduler.move(job.seq, name):
+            return None, events
+        new.jobs[id(job.seq)] = old.jobs.pop(id(job.seq))
+        return job.seq.known, events
+
     def stats(self, name: str) -> EngineStats:
         return self._variants[name].group.scheduler.stats(name)
 
@@ -250,24 +269,18 @@ class Core:
             events = self._speculate(variant, speculator, plan.decode)
             if events is not None:
                 return events
-        logits: list[Tensor] = []
-        jobs: list[Job] = []
-        if plan.decode:
-            logits.append(self._decode(variant, plan.decode))
-            for seq in plan.decode:
-                scheduler.advance(seq, 1)
-                jobs.append(variant.jobs[id(seq)])
-        if plan.prefill:
-            chunk_jobs = [variant.jobs[id(chunk.seq)] for chunk in plan.prefill]
-            every = [job.scoring for job in chunk_jobs]
-            found = variant.runner.prefill(plan.prefill, every)
-            for chunk, job, rows in zip(plan.prefill, chunk_jobs, found, strict=True):
-                if job.scoring:
-                    job.score_prompt(chunk, rows)
-                if chunk.samples:
-                    jobs.append(job)
-                    logits.append(rows[-1:])
-                scheduler.advance(chunk.seq, chunk.length)
+        logits, ends = self._forward(variant, plan)
+        jobs = [variant.jobs[id(seq)] for seq in plan.decode]
+        for seq in plan.decode:
+            scheduler.advance(seq, 1)
+        for chunk, rows in zip(plan.prefill, ends, strict=True):
+            job = variant.jobs[id(chunk.seq)]
+            if job.scoring:
+                job.score_prompt(chunk, rows)
+            if chunk.samples:
+                jobs.append(job)
+                logits.append(rows[-1:])
+            scheduler.advance(chunk.seq, chunk.length)
         if jobs:
             with torch.inference_mode():
                 draw = launch(logits, [job.row for job in jobs])
@@ -294,6 +307,17 @@ class Core:
                 if event.finish_reason is not None:
                     break
         return events or None
+
+    def _forward(self, variant: _Variant, plan: Plan) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits of a plan's decode batch, none or one tensor; and those of its chunks."""
+        every = [variant.jobs[id(chunk.seq)].scoring for chunk in plan.prefill]
+        if plan.decode and plan.prefill and hasattr(variant.runner, "mixed"):
+            runner: MixedRunner = variant.runner  # type: ignore[assignment]  # it has `mixed`
+            found = runner.mixed(plan.decode, plan.prefill, every)
+            if found is not None:
+                return [found[0]], found[1]
+        logits = [self._decode(variant, plan.decode)] if plan.decode else []
+        return logits, variant.runner.prefill(plan.prefill, every) if plan.prefill else []
 
     def _decode(self, variant: _Variant, batch: Sequence[Tokens]) -> Tensor:
         if not any(seq.pending for seq in batch):

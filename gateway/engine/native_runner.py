@@ -85,6 +85,25 @@ class NativeRunner:
         Args:
             every: per chunk, whether the logits after all its tokens are wanted.
         """
+        logits, counts = self._packed(chunks, every)
+        return list(torch.split(logits, counts))
+
+    @torch.inference_mode()
+    def mixed(
+        self, batch: Sequence[Tokens], chunks: Sequence[Chunk], every: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """`decode` and `prefill` in one step that reads the weights once; None: so many rows are
+        computed in another way than those of `batch` alone."""
+        count = len(batch)
+        rows = count + sum(chunk.length for chunk in chunks)
+        if self._eager is not None or self._limit(count) != self._limit(rows):
+            return None
+        ones = [Chunk(seq, len(seq.tokens) - 1, 1) for seq in batch]
+        logits, counts = self._packed([*ones, *chunks], [False] * count + list(every))
+        return logits[:count], list(torch.split(logits[count:], counts[count:]))
+
+    def _packed(self, chunks: Sequence[Chunk], every: Sequence[bool]) -> tuple[Tensor, list[int]]:
+        """fp32 logits [sum of counts, vocab] of chunks in one step, and the counts."""
         rows = sum(chunk.length for chunk in chunks)
         if rows > self._inputs.rows:
             self._prepare(max(rows, 2 * self._inputs.rows))
@@ -105,14 +124,18 @@ class NativeRunner:
             counts.append(chunk.length if all_logits else 1)
             inputs.kept[outputs : outputs + counts[-1]] = np.arange(end - counts[-1], end)
             begin, outputs = end, outputs + counts[-1]
-        return list(torch.split(self._run(inputs.step(rows, segments, outputs)), counts))
+        return self._run(inputs.step(rows, segments, outputs)), counts
+
+    def _limit(self, rows: int) -> int:
+        """Rows up to which a step is computed as one of so many is."""
+        return self._limits[bisect_left(self._limits, rows)]
 
     def _run(self, step: Step) -> Tensor:
-        most = self._limits[bisect_left(self._limits, step.rows)]
+        most = self._limit(step.rows)
         if most not in self._bodies:
             self._bodies[most] = self._builder(most).body()
         self._bodies[most].run(step)
-        most = self._limits[bisect_left(self._limits, step.outputs)]
+        most = self._limit(step.outputs)
         if most not in self._heads:
             self._heads[most] = self._builder(most).head()
         program, aim = self._heads[most]

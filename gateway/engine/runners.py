@@ -62,6 +62,16 @@ class AheadRunner(StepRunner, Protocol):
         ...
 
 
+class MixedRunner(StepRunner, Protocol):
+    """A runner that computes a decode batch and chunks of prompts in one pass over the weights."""
+
+    def mixed(
+        self, batch: Sequence[Tokens], chunks: Sequence[Chunk], every: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor]] | None:
+        """What `decode` and `prefill` would give; None: this takes two passes."""
+        ...
+
+
 def make_runner(model: Model, pool: Pool, *, max_batch: int) -> StepRunner:
     """The fastest runner this host has for the model."""
     return _thin(model, pool, max_batch) or Runner(model, pool, max_batch=max_batch)

@@ -153,6 +153,31 @@ def test_a_row_does_not_feel_the_others(checkpoint: Checkpoints, dtype: torch.dt
     assert difference(shuffled, together[[2, 0]]) <= bound
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_pass_gives_what_two_give(checkpoint: Checkpoints, dtype: torch.dtype) -> None:
+    model = build_model(weights_of(checkpoint("llama"), dtype=dtype))
+    runner, lengths = thin(model), (7, 30, 19, 11)
+    seqs = [sequence(model, i, length) for i, length in enumerate(lengths)]
+    runner.prefill([Chunk(seq, 0, len(seq.tokens) - 1) for seq in seqs[:2]], [False] * 2)
+    chunks = [Chunk(seqs[2], 0, 19), Chunk(seqs[3], 0, 8)]
+    decoded, prefilled = runner.decode(seqs[:2]), runner.prefill(chunks, [True, False])
+    together = runner.mixed(seqs[:2], chunks, [True, False])  # type: ignore[attr-defined]
+    assert together is not None
+    bound = 0.0 if dtype is torch.bfloat16 else 1e-5
+    assert difference(together[0], decoded) <= bound
+    for one, two in zip(together[1], prefilled, strict=True):
+        assert one.shape == two.shape
+        assert difference(one, two) <= bound
+
+
+def test_one_pass_is_refused_where_rows_go_other_ways(checkpoint: Checkpoints) -> None:
+    """A quantized pool attends to decode steps and to prompts by different code."""
+    model = build_model(replace(weights_of(checkpoint("llama")), kv=KVScheme(8)))
+    runner, seq = thin(model), sequence(model, 0, 20)
+    chunk = Chunk(sequence(model, 1, 20), 0, 20)
+    assert runner.mixed([seq], [chunk], [False]) is None  # type: ignore[attr-defined]
+
+
 def test_block_tables_follow_sequences(checkpoint: Checkpoints) -> None:
     """Rows that change places, and a sequence that comes back in other blocks."""
     model = build_model(weights_of(checkpoint("llama")))
