@@ -24,7 +24,7 @@ from cache.single_flight import SingleFlight
 from cache.tiered import ArtifactStore
 from cache.tiered import Tier as FetchTier
 from compressors.recipe import RecipeError, expand
-from gateway.api import console, explain, health, levels, openai, policies
+from gateway.api import console, decisions, explain, health, levels, openai, policies
 from gateway.api.auth import AuthMiddleware
 from gateway.api.deps import Services
 from gateway.api.front import FrontMiddleware
@@ -37,6 +37,7 @@ from gateway.policy.admission import Admission
 from gateway.policy.predictor import Predictor
 from gateway.policy.store import PolicyStore
 from gateway.quality.shadow import Answer, Score, Shadow
+from gateway.recording import open_ledger
 from gateway.variants.backend import Backend
 from gateway.variants.cards import CardBook, conditions
 from gateway.variants.fake_backend import FakeBackend
@@ -62,6 +63,7 @@ class Parts:
     store: ArtifactStore
     runtime: Runtime
     metrics: Metrics
+    redis: RedisStore | None
 
 
 @asynccontextmanager
@@ -109,7 +111,7 @@ async def open_backends(settings: Settings) -> AsyncIterator[Parts]:
             await _backend(model, await _ladder(model, settings, documents), shared)
             for model in settings.models
         ]
-        yield Parts(tuple(backends), documents, cards, store, runtime, metrics)
+        yield Parts(tuple(backends), documents, cards, store, runtime, metrics, redis)
 
 
 @asynccontextmanager
@@ -143,6 +145,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
         await policy_store.load()
         stack.push_async_callback(policy_store.close)
         shadow = _shadow(settings, pool, metrics)
+        ledger = await stack.enter_async_context(open_ledger(settings, pool, metrics, parts.redis))
         for work in (_start_up(pool, settings), _report_usage(parts), shadow.run()):
             task = asyncio.create_task(work)
             stack.callback(task.cancel)
@@ -154,6 +157,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
             admission=Admission(settings.limits),
             metrics=metrics,
             shadow=shadow,
+            ledger=ledger,
         )
 
 
@@ -174,7 +178,7 @@ def make_app(services: Services) -> FastAPI:
     """The HTTP front over open services."""
     app = FastAPI(title="Pressgate", version=version("pressgate"), docs_url="/docs", redoc_url=None)
     app.state.services = services
-    for module in (openai, explain, levels, policies, health, console):
+    for module in (openai, explain, decisions, levels, policies, health, console):
         app.include_router(module.router)
     install_error_handlers(app)
     app.add_middleware(FrontMiddleware, services=services)

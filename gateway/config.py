@@ -140,6 +140,36 @@ class Shadow(_Part):
     rate: Annotated[float, Field(ge=0, le=1)] = 0.0
 
 
+class Decisions(_Part):
+    """What is kept of every decision, to be asked for later: lengths and numbers, never texts.
+
+    `log` gets a line of JSON per finished request, in `log_files` files of `log_bytes` at most;
+    with `log_text` prompts and answers too.
+    """
+
+    keep_seconds: Annotated[float, Field(ge=60, le=30 * 86_400)] = 86_400
+    disk_budget: ByteSize = ByteSize(256 * 2**20)
+    redis_budget: ByteSize = ByteSize(64 * 2**20)  # 0: not shared
+    log: Path | None = None
+    log_bytes: Annotated[ByteSize, Field(ge=4096)] = ByteSize(64 * 2**20)
+    log_files: Annotated[int, Field(ge=2, le=1000)] = 4
+    log_text: bool = False
+
+
+class Tracing(_Part):
+    """OpenTelemetry spans over OTLP/HTTP; needs `pressgate[otel]`. What these do not say, the
+    standard variables do, e.g. `OTEL_EXPORTER_OTLP_HEADERS`.
+
+    `sample_ratio` is the share of requests that are traced unless their caller has decided; with
+    `text` spans hold prompts and answers.
+    """
+
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    sample_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0
+    service_name: Annotated[str, Field(min_length=1, max_length=128)] = "pressgate"
+    text: bool = False
+
+
 class ApiKey(_Part):
     """A caller's key, stored as the SHA-256 hex digest of the secret."""
 
@@ -157,6 +187,8 @@ class Limits(_Part):
     max_logprobs: Annotated[int, Field(ge=0)] = 20
     max_concurrent: Annotated[int, Field(ge=1)] = 256
     max_concurrent_per_key: Annotated[int, Field(ge=1)] = 256
+    max_waiting: Annotated[int, Field(ge=2)] = 128  # for a slot, per model, of those at once
+    max_waiting_per_key: Annotated[int, Field(ge=1)] = 128
     request_timeout_seconds: Annotated[float, Field(gt=0)] = 600
 
 
@@ -179,6 +211,8 @@ class Settings(BaseSettings):
     build: Build = Build()
     limits: Limits = Limits()
     shadow: Shadow = Shadow()
+    decisions: Decisions = Decisions()
+    tracing: Tracing = Tracing()
     api_keys: tuple[ApiKey, ...] = ()
     levels: tuple[str, ...] | Literal["auto"] = DEFAULT_LEVELS
     policies: tuple[Policy, ...] = BUILTIN_POLICIES

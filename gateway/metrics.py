@@ -110,6 +110,9 @@ class Metrics:
             (*_PLACE, "quantity"),
             _ERROR,
         )
+        self._unrecorded = self._counter(
+            "decision_records_lost", "Decisions that could not be kept or logged", ("where",)
+        )
         self._live_quality()
         self._policy_changes()
         self._build_work()
@@ -191,6 +194,11 @@ class Metrics:
     def decision_took(self, model: str, seconds: float) -> None:
         """What one decision cost, the look at the ladder included."""
         self._at(self._decision_time, model).observe(seconds)
+
+    def unrecorded(self, where: str, count: int) -> None:
+        """Decisions not kept: in `memory` (too many at once), on `disk`, in `redis`, in the `log`
+        or as `spans`."""
+        self._at(self._unrecorded, where).inc(count)
 
     def predicted(
         self,

@@ -5,10 +5,10 @@ Decides nothing and sends nothing. Closed once, whatever way the request ended.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from secrets import token_hex
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from gateway.api.deps import Services
@@ -19,6 +19,7 @@ from gateway.metrics import NONE, Finished
 from gateway.policy.budget import Costs, excess
 from gateway.policy.decision import Decision
 from gateway.policy.policy import Policy
+from gateway.policy.record import Record, Result
 from gateway.quality.shadow import Answer
 from gateway.variants.card import Card
 from gateway.variants.variant import LadderSnapshot
@@ -60,8 +61,16 @@ class Measured:
 class Account:
     """Follows one request from its decision to its end."""
 
-    def __init__(self, services: Services, wanted: Wanted, policy: Policy, arrived: float) -> None:
+    def __init__(
+        self,
+        services: Services,
+        wanted: Wanted,
+        policy: Policy,
+        arrived: float,
+        key: str | None = None,
+    ) -> None:
         self._services = services
+        self._key = key
         self._wanted = wanted
         self._policy = policy
         self._arrived = arrived
@@ -70,12 +79,15 @@ class Account:
         self._leased_at: float | None = None
         self._measured: Measured | None = None
         self._broken: tuple[str, ...] | None = None
-        self.decision_id = f"dec-{token_hex(8)}"
+        self._record: Record | None = None
+        self.decision_id = services.ledger.new_id()
         self.choices: Sequence[Choice] = ()
         self.code = 500
 
     def decided(self, decision: Decision, snapshot: LadderSnapshot) -> None:
         self._decision, self._snapshot = decision, snapshot
+        self._record = Record(self.decision_id, time.time(), self._key, decision)
+        self._services.ledger.opened(self._record)
         metrics, model = self._services.metrics, self._wanted.model
         level = decision.level or decision.build
         metrics.decision(model, level, decision.policy, decision.action, decision.code)
@@ -121,7 +133,7 @@ class Account:
             "policy": decision.policy,
             "reason": decision.reason,
             "decision_id": self.decision_id,
-            "predicted": decision.predicted.numbers() if decision.predicted else None,
+            "predicted": _numbers(decision, self._policy),
             "measured": measured.numbers(),
             "slo_met": not self._missed(measured),
         }
@@ -151,6 +163,7 @@ class Account:
             self._teach(measured)
         if served:
             self._shadow()
+        self._keep(measured, served)
         if served and measured is not None:
             missed = self._missed(measured)
         elif self.code != _HUNG_UP and decision is not None:
@@ -159,6 +172,25 @@ class Account:
             return
         metrics.slo(wanted.model, level, self._policy.name, missed)
         self._services.policies.observe(self._policy, met=not missed)
+
+    def _keep(self, measured: Measured | None, served: bool) -> None:
+        """Hand what was decided, and what became of it, to the ledger."""
+        record, ledger = self._record, self._services.ledger
+        if record is None:
+            return
+        costs = {} if measured is None else asdict(self._costs(measured))
+        record.result = Result(
+            code=self.code,
+            level=self.level,
+            generated_tokens=sum(choice.tokens for choice in self.choices),
+            costs={name: _short(cost) for name, cost in costs.items()},
+            missed=self._missed(measured) if served and measured is not None else None,
+            seconds=round(time.perf_counter() - self._arrived, 4),
+        )
+        if ledger.with_text:
+            answers = tuple(tuple(choice.ids) for choice in self.choices)
+            record.text = (self._wanted.prompts, answers)
+        ledger.closed(record)
 
     def _shadow(self) -> None:
         """Offer the first answer for scoring, unless dense made it itself."""
@@ -178,8 +210,19 @@ class Account:
             "tpot": (predicted.tpot_ms, measured.tpot_ms),
         }
         self._services.predictor.observe(
-            model, self.level, predicted, ttft_ms=measured.ttft_ms, tpot_ms=measured.tpot_ms
+            model,
+            self.level,
+            predicted,
+            ttft_ms=measured.ttft_ms,
+            tpot_ms=measured.tpot_ms,
+            latency_ms=measured.latency_ms,
+            tokens=max(choice.tokens for choice in self.choices),
         )
+        if self.code != _HUNG_UP:
+            for choice in self.choices:
+                self._services.predictor.lengths.learn(
+                    self._policy.name, choice.tokens, self._wanted.sampling.max_tokens
+                )
         for quantity, (guess, truth) in pairs.items():
             if truth is not None:
                 self._services.metrics.prediction_error(
@@ -200,32 +243,41 @@ class Account:
         return sum(choice.cached_tokens for choice in self.choices[:: self._wanted.n])
 
     def _missed(self, measured: Measured) -> tuple[str, ...]:
-        """The bounds of the effective budget that this answer did not keep; found once.
-
-        Times are measured; the quality is the level's card's; memory is the predicted footprint
-        (weights and KV are allocated as computed).
-        """
+        """The bounds of the effective budget that this answer did not keep; found once."""
         if self._broken is None:
-            decision, snapshot = self._decision, self._snapshot
-            assert decision is not None
-            assert snapshot is not None
-            bounds = decision.budget.bounds()
-            card = _card(snapshot, self.level) if bounds else None
-            costs = Costs(
-                ttft_ms=measured.ttft_ms,
-                tpot_ms=measured.tpot_ms,
-                latency_ms=measured.latency_ms,
-                memory_mb=decision.predicted.memory_mb if decision.predicted else None,
-                max_ppl_ratio=card.perplexity_ratio if card else None,
-                min_agreement=card.top1_agreement if card else None,
-            )
-            self._broken = tuple(excess(bounds, costs))
+            assert self._decision is not None
+            self._broken = tuple(excess(self._decision.budget.bounds(), self._costs(measured)))
         return self._broken
+
+    def _costs(self, measured: Measured) -> Costs:
+        """Times are measured; the quality is the level's card's; memory is the predicted footprint
+        (weights and KV are allocated as computed)."""
+        decision, snapshot = self._decision, self._snapshot
+        assert decision is not None
+        assert snapshot is not None
+        card = _card(snapshot, self.level)
+        return Costs(
+            ttft_ms=measured.ttft_ms,
+            tpot_ms=measured.tpot_ms,
+            latency_ms=measured.latency_ms,
+            memory_mb=decision.predicted.memory_mb if decision.predicted else None,
+            max_ppl_ratio=card.perplexity_ratio if card else None,
+            min_agreement=card.top1_agreement if card else None,
+        )
+
+
+def _numbers(decision: Decision, policy: Policy) -> dict[str, float] | None:
+    return None if decision.predicted is None else decision.predicted.numbers(policy.confidence)
 
 
 def _card(snapshot: LadderSnapshot, level: str) -> Card | None:
     facts = snapshot.level(level)
     return facts.card if facts else None
+
+
+def _short(cost: float | None) -> float | None:
+    """To a microsecond; a ruined level's infinite ratio is not known."""
+    return round(cost, 3) if cost is not None and math.isfinite(cost) else None
 
 
 def _seconds(ms: float | None) -> float | None:

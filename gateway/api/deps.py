@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 from fastapi import Depends, Request
 
 from gateway.api.auth import ANYONE, Caller
+from gateway.api.ledger import Ledger
 from gateway.config import Settings
 from gateway.errors import InvalidRequest, PressgateError
 from gateway.metrics import Metrics
@@ -34,6 +35,7 @@ class Services:
     admission: Admission
     metrics: Metrics
     shadow: Shadow | None = None
+    ledger: Ledger = field(default_factory=Ledger)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
 
 import orjson
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
 
 from gateway.api.deps import CalledBy, Using
 from gateway.api.generate import ask_of, make_decision
@@ -24,14 +24,16 @@ router = APIRouter(tags=["Pressgate"])
     description="Takes the body of a chat or a plain completion and generates nothing.",
     openapi_extra=body_schema(CompletionBody),
 )
-async def explain(request: Request, services: Using, caller: CalledBy) -> dict[str, Any]:
+async def explain(request: Request, services: Using, caller: CalledBy) -> Response:
     raw = await read_body(request)
     body = parse(raw, ChatBody) if _is_chat(raw) else parse(raw, CompletionBody)
     wanted = await prepare(body, services, read_sla(body.sla, request.headers))
     policy = policy_for(request.url.path, request.headers, services, caller, wanted)
     ask = ask_of(wanted)
     decision, snapshot = make_decision(services, ask, policy)
-    return explanation(ask, policy, decision, snapshot)
+    told = await asyncio.to_thread(explanation, ask, policy, decision, snapshot)
+    # A ruined level's ratio is infinite, which JSON has no word for; orjson says null.
+    return Response(orjson.dumps(told), media_type="application/json")
 
 
 def _is_chat(raw: bytes) -> bool:

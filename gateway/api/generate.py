@@ -125,7 +125,7 @@ class Generation:
         self._wanted = wanted
         self._policy = policy
         self._key = key
-        self._account = Account(services, wanted, policy, arrived)
+        self._account = Account(services, wanted, policy, arrived, key)
         shape = ChatShape if wanted.chat else TextShape
         self._shape: Shape = shape(wanted.name, wanted.sequences, wanted.include_usage)
         self._started = False

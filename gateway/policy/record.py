@@ -202,7 +202,11 @@ def _predictions(kept: dict[str, Any], snapshot: LadderSnapshot) -> Predictions:
     said = Predictions(
         columns=columns,
         idle_bytes=kept["idle_bytes"],
-        **numbers,
+        ttft_ms=numbers["ttft_ms"],
+        tpot_ms=numbers["tpot_ms"],
+        latency_ms=numbers["latency_ms"],
+        memory_mb=numbers["memory_mb"],
+        load_ms=numbers["load_ms"],
         build_ms=np.where(columns.unbuilt, numbers["load_ms"], 0.0),
         ttft_factor=ones,
         tpot_factor=ones,

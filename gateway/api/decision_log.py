@@ -1,0 +1,116 @@
+"""The decision log: one line of JSON per request that has ended, in files of bounded size.
+
+What `pressgate replay` reads as a trace. No prompt and no answer unless the configuration asks for
+them. Blocks; the ledger calls it in a thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from gateway.errors import ConfigError
+from gateway.policy.record import Record
+
+log = logging.getLogger(__name__)
+
+_MODE: Final = 0o600
+
+Decode = Callable[[str, Sequence[int]], str]
+"""The text of token ids of a model."""
+
+
+class DecisionLog:
+    """Lines in `path`; beyond `max_bytes` it becomes `path.1`, and so on, `files` in all."""
+
+    def __init__(
+        self, path: Path, *, max_bytes: int, files: int, decode: Decode | None = None
+    ) -> None:
+        """`decode`: given, prompts and answers are logged as text.
+
+        Raises:
+            ConfigError: the file cannot be written.
+        """
+        self._decode = decode
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _Lines(
+                path, maxBytes=max_bytes, backupCount=max(1, files - 1), encoding="utf-8"
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"decisions.log: {path}: {error.strerror}", param="decisions.log"
+            ) from None
+
+    @property
+    def with_text(self) -> bool:
+        return self._decode is not None
+
+    def write(self, lines: Sequence[dict[str, Any]]) -> bool:
+        """Append lines. False when the disk does not take them."""
+        before = self._file.failures
+        for document in lines:
+            text = document.pop("text", None)
+            if text is not None and self._decode is not None:
+                model = document["model"]
+                document["prompts"] = [self._decode(model, ids) for ids in text[0]]
+                document["answers"] = [self._decode(model, ids) for ids in text[1]]
+            self._file.line(orjson.dumps(document).decode())
+        return self._file.failures == before
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Lines(RotatingFileHandler):
+    """The standard library's rotation, with failures counted instead of printed."""
+
+    failures = 0
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).touch(mode=_MODE)  # also of every file after the first
+        return super()._open()
+
+    def line(self, text: str) -> None:
+        self.handle(logging.LogRecord("decisions", logging.INFO, "", 0, text, None, None))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+        del record
+        if not self.failures:
+            log.warning("the decision log %s cannot be written", self.baseFilename)
+        self.failures += 1
+
+
+def line(record: Record) -> dict[str, Any]:
+    """A finished request as one line. Times in ms; `ts` in Unix seconds, when it was decided."""
+    decision, result, case = record.decision, record.result, record.decision.case
+    assert case is not None, "decide says what it decided on"
+    assert result is not None, "only what has ended is logged"
+    predicted = decision.predicted
+    document = {
+        "ts": round(record.at, 6),
+        "decision_id": record.id,
+        "model": case.ask.model,
+        "key": record.key,
+        "policy": decision.policy,
+        "sla": case.ask.sla.model_dump(mode="json", exclude_none=True),
+        "pinned": case.ask.pinned_level,
+        "prompt_tokens": case.ask.prompt_tokens,
+        "max_tokens": case.ask.max_tokens,
+        "generated_tokens": result.generated_tokens,
+        "action": decision.action,
+        "reason": decision.code,
+        "level": result.level,
+        "predicted": None if predicted is None else predicted.numbers(case.policy.confidence),
+        "measured": {n: result.costs.get(n) for n in ("ttft_ms", "tpot_ms", "latency_ms")},
+        "slo_met": None if result.missed is None else not result.missed,
+        "missed": list(result.missed or ()),
+        "code": result.code,
+    }
+    return document if record.text is None else document | {"text": record.text}

@@ -1,0 +1,82 @@
+"""Opens what remembers requests: the ledger of decisions with its journal and its log. Wires only:
+part of the composition root.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Final
+
+from cache.errors import CacheError
+from cache.journal import Journal
+from cache.redis import RedisStore
+from gateway.api.decision_log import DecisionLog
+from gateway.api.ledger import PREFIX, Ledger
+from gateway.config import Settings
+from gateway.metrics import Metrics
+from gateway.variants.pool import VariantPool
+
+log = logging.getLogger(__name__)
+
+_FILE: Final = "decisions.sqlite"
+
+
+@asynccontextmanager
+async def open_ledger(
+    settings: Settings, pool: VariantPool, metrics: Metrics, redis: RedisStore | None
+) -> AsyncIterator[Ledger]:
+    """A ledger that writes in the background, and once more at the end.
+
+    Raises:
+        ConfigError: the decision log cannot be written.
+    """
+    ledger = Ledger(
+        await _journal(settings, redis),
+        await asyncio.to_thread(_log, settings, pool),
+        ttl=settings.decisions.keep_seconds,
+        on_lost=metrics.unrecorded,
+    )
+    work = asyncio.create_task(ledger.run())
+    try:
+        yield ledger
+    finally:
+        work.cancel()
+        await ledger.close()
+
+
+async def _journal(settings: Settings, redis: RedisStore | None) -> Journal | None:
+    """None when the disk does not take one: then the last decisions are kept in memory."""
+    wanted = settings.decisions
+    try:
+        return await asyncio.to_thread(
+            Journal,
+            settings.cache.root / _FILE,
+            prefix=PREFIX,
+            ttl=wanted.keep_seconds,
+            budget=wanted.disk_budget,
+            redis=redis,
+            redis_budget=wanted.redis_budget,
+        )
+    except CacheError as error:
+        log.warning("decisions are kept in memory only: %s", error)
+        return None
+
+
+def _log(settings: Settings, pool: VariantPool) -> DecisionLog | None:
+    wanted = settings.decisions
+    if wanted.log is None:
+        return None
+
+    def decode(model: str, ids: Sequence[int]) -> str:
+        # An upstream's tokens may have no id here.
+        return pool.tokenizer(model).decode([token for token in ids if token >= 0])
+
+    return DecisionLog(
+        wanted.log.expanduser(),
+        max_bytes=wanted.log_bytes,
+        files=wanted.log_files,
+        decode=decode if wanted.log_text else None,
+    )
