@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 FinishReason = Literal["stop", "length"]
 
@@ -146,6 +146,20 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Stop the engine's sequences and free its memory. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """An engine whose sequences another level of the same model may go on with."""
+
+    async def move(self, request_id: str, target: Engine) -> int | None:
+        """Let `target` compute the tokens of a running sequence from the next one on; its events
+        keep coming where they came.
+
+        Returns: how many tokens the answer has at that boundary; None when it cannot move: it is
+        over or not yet begun, `target` has no free place, or keeps keys and values differently.
+        """
         ...
 
 

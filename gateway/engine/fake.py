@@ -16,6 +16,7 @@ from typing import Any
 from zlib import crc32
 
 from gateway.engine.base import (
+    Engine,
     EngineFailed,
     EngineOverloaded,
     EngineStats,
@@ -109,6 +110,7 @@ class FakeSpeed:
 @dataclass(slots=True)
 class _Sequence:
     request: GenerationRequest
+    engine: FakeEngine
     prefilled: bool = False
     generated: int = 0
 
@@ -136,7 +138,7 @@ class FakeEngine:
             raise EngineFailed("the engine is closed")
         if len(self._waiting) >= self.speed.max_waiting:
             raise EngineOverloaded(f"{len(self._waiting)} sequences wait already")
-        sequence = _Sequence(request)
+        sequence = _Sequence(request, self)
         key = id(sequence)
         self._waiting[key] = sequence
         try:
@@ -149,7 +151,19 @@ class FakeEngine:
                     yield event
         finally:
             self._waiting.pop(key, None)
-            self._running.pop(key, None)
+            sequence.engine._running.pop(key, None)
+
+    async def move(self, request_id: str, target: Engine) -> int | None:
+        """See `Movable.move`; from then on a token takes as long as at `target`."""
+        found = ((k, s) for k, s in self._running.items() if s.request.id == request_id)
+        key, sequence = next(found, (0, None))
+        if sequence is None or not sequence.prefilled or not isinstance(target, FakeEngine):
+            return None
+        if target is self or len(target._running) >= target.speed.max_running:
+            return None
+        target._running[key] = self._running.pop(key)
+        sequence.engine = target
+        return sequence.generated
 
     def stats(self) -> EngineStats:
         if not self._running and not self._waiting:
@@ -172,11 +186,11 @@ class FakeEngine:
         text = StopFilter(sampling.stop)
         due = time.monotonic()
         for count, token in enumerate(self._tokens(request), 1):
-            if self._closed:
+            if sequence.engine._closed:
                 raise EngineFailed("the engine was closed")
             if self.fault and (error := self.fault(request, count - 1)):
                 raise error
-            due += self._step_seconds()
+            due += sequence.engine._step_seconds()
             await self._sleep(due - time.monotonic())
             sequence.generated = count
             out, stopped = text.push(self._tokenizer.decode((token,)))

@@ -24,6 +24,7 @@ from torch import Tensor
 from gateway.engine import device_sampler
 from gateway.engine.base import (
     BadPrompt,
+    Engine,
     EngineError,
     EngineFailed,
     EngineStats,
@@ -155,6 +156,17 @@ class LocalRuntime:
 
         self._post(run)
 
+    async def _move(self, request_id: str, name: str) -> int | None:
+        def run() -> int | None:
+            job = next((job for job in self._streams if job.request.id == request_id), None)
+            if job is None:
+                return None
+            boundary, events = self._core.move(job, name)
+            self._deliver(events)
+            return boundary
+
+        return await self._ask(run)
+
     def _post(self, command: Callable[[], None]) -> None:
         self._inbox.put(command)
         if not self._thread.is_alive():
@@ -281,6 +293,12 @@ class LocalEngine:
                     f"token id {token} is outside the model's vocabulary of {self._vocab_size}",
                     param=param,
                 )
+
+    async def move(self, request_id: str, target: Engine) -> int | None:
+        """See `Movable.move`. Raises: EngineFailed: the runtime is closed."""
+        if not isinstance(target, LocalEngine) or target._runtime is not self._runtime:
+            return None
+        return await self._runtime._move(request_id, target.name)
 
     def stats(self) -> EngineStats:
         """As of the last arrival or end, and not much older than the last step."""

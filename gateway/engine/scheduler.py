@@ -48,7 +48,8 @@ class Sequence:
 
     `tokens` is prompt and output, the last `pending` of them unknown (-1); `computed` counts those
     whose KV is in `blocks`, `stored` the blocks that others may reuse; `tail` are blocks it works
-    in besides; `no_reuse` makes the whole prompt be computed (its logits are wanted).
+    in besides; `no_reuse` makes the whole prompt be computed (its logits are wanted); KV of a
+    `mixed` one is of several variants, offered to nobody.
     """
 
     variant: str
@@ -56,6 +57,7 @@ class Sequence:
     max_tokens: int
     tokens: list[int]
     no_reuse: bool = False
+    mixed: bool = False
     arrival: int = -1
     pending: int = 0
     computed: int = 0
@@ -204,11 +206,21 @@ class Scheduler:
         pool. Full blocks of known tokens are open to others from now on."""
         seq.computed += computed
         full = min(seq.computed, len(seq.tokens) - seq.pending) // self.pool.block_size
-        if full > seq.stored:
+        if full > seq.stored and not seq.mixed:
             self._extend_keys(seq, full)
             for index in range(seq.stored, full):
                 self.pool.store(seq.blocks[index], seq.keys[index])
             seq.stored = full
+
+    def move(self, seq: Sequence, variant: str) -> bool:
+        """Let another variant go on with a running sequence, on its KV; False: it has no place."""
+        old, new = self._queues[seq.variant], self._queues[variant]
+        if seq not in old.running or len(new.running) >= self._limits.max_num_seqs:
+            return False
+        old.running.remove(seq)
+        insort(new.running, seq, key=_arrival)
+        seq.variant, seq.keys, seq.mixed = variant, [], True
+        return True
 
     def count_drafts(self, variant: str, drafted: int, accepted: int) -> None:
         """Add to what speculation proposed for a variant's sequences, and what was kept of it."""
@@ -385,5 +397,5 @@ class Scheduler:
 
     def _free(self, seq: Sequence) -> None:
         self.pool.release(seq.blocks + seq.tail)
-        seq.blocks, seq.tail = [], []
+        seq.blocks, seq.tail, seq.mixed = [], [], False
         seq.computed = seq.stored = 0
