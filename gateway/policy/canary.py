@@ -2,11 +2,11 @@
 attainment has fallen.
 
 The test may be asked after every answer: it is anytime-valid. With X met of N requests an arm's
-likelihood ratio against a rate p, mixed over all rates,
-M(p) = B(1+X, 1+N-X) / (p^X (1-p)^(N-X)), is a martingale when p is the truth, and so is the product
-of both arms'. The evidence against "the candidate attains at most d less" is the least product over
-all pairs of rates that are at most d apart; by Ville's inequality it ever reaches 1/α with
-probability at most α (Robbins 1970, "Statistical methods related to the law of the iterated
+likelihood ratio against a rate p, mixed over all rates by Jeffreys' prior,
+M(p) = B(½+X, ½+N-X) / (B(½, ½) p^X (1-p)^(N-X)), is a martingale when p is the truth, and so is the
+product of both arms'. The evidence against "the candidate attains at most d less" is the least
+product over all pairs of rates that are at most d apart; by Ville's inequality it ever reaches 1/α
+with probability at most α (Robbins 1970, "Statistical methods related to the law of the iterated
 logarithm"; for two samples Turner, Ly and Grünwald 2021, "Generic E-variables for exact sequential
 k-sample tests"). Requests count as independent; a busy spell hits both arms alike, for the split is
 by caller and not by time.
@@ -128,10 +128,8 @@ def drop_between(counts: Counts) -> tuple[float, float]:
 
 
 def log_evidence(counts: Counts, drop: float, side: Literal["above", "below"]) -> float:
-    """Log of the evidence that the true drop (stable minus canary) is above or below `drop`.
-
-    At most 0 when the outcomes themselves are on the other side.
-    """
+    """Log of the evidence that the true drop (stable minus canary) is above or below `drop`; 0 when
+    the outcomes themselves are on the other side."""
     stable, canary = counts.stable, counts.canary
     if not stable.requests or not canary.requests:
         return 0.0
@@ -169,8 +167,8 @@ def _slope(tally: Tally, rate: float) -> float:
 def _log_ratio(tally: Tally, rate: float) -> float:
     """ln M(rate)."""
     met, missed = tally.met, tally.requests - tally.met
-    mixed = math.lgamma(1 + met) + math.lgamma(1 + missed) - math.lgamma(2 + tally.requests)
-    return mixed - _times_log(met, rate) - _times_log(missed, 1.0 - rate)
+    mixed = math.lgamma(0.5 + met) + math.lgamma(0.5 + missed) - math.lgamma(1 + tally.requests)
+    return mixed - math.log(math.pi) - _times_log(met, rate) - _times_log(missed, 1.0 - rate)
 
 
 def _times_log(count: int, rate: float) -> float:
