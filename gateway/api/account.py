@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from gateway.api.deps import Services
 from gateway.api.prepare import Wanted
 from gateway.api.sse import Choice, usage
+from gateway.api.tracing import Trace, carried
 from gateway.errors import DECISION_HEADER, PressgateError
 from gateway.metrics import NONE, Finished
 from gateway.policy.budget import Costs, excess
@@ -80,14 +81,33 @@ class Account:
         self._measured: Measured | None = None
         self._broken: tuple[str, ...] | None = None
         self._record: Record | None = None
+        self._trace: Trace | None = None
+        self._context: Mapping[str, str] = {}
         self.decision_id = services.ledger.new_id()
         self.choices: Sequence[Choice] = ()
         self.code = 500
 
+    def trace(self, headers: Mapping[str, str]) -> None:
+        """Go on with the trace that the request's headers name, or begin one."""
+        traces = self._services.traces
+        if traces is not None:
+            self._trace = traces.begin(self._wanted, headers, self._arrived)
+        elif "traceparent" in headers:
+            self._context = carried(headers)
+
+    @property
+    def context(self) -> Mapping[str, str]:
+        """The headers that tell another server which trace this is."""
+        return self._context if self._trace is None else self._trace.context
+
     def decided(self, decision: Decision, snapshot: LadderSnapshot) -> None:
         self._decision, self._snapshot = decision, snapshot
-        self._record = Record(self.decision_id, time.time(), self._key, decision)
+        path = "/v1/chat/completions" if self._wanted.chat else "/v1/completions"
+        at = time.time() - (time.perf_counter() - self._arrived)
+        self._record = Record(self.decision_id, at, self._key, path, decision)
         self._services.ledger.opened(self._record)
+        if self._trace is not None:
+            self._trace.decided(_waited_ms(decision) / 1000.0)
         metrics, model = self._services.metrics, self._wanted.model
         level = decision.level or decision.build
         metrics.decision(model, level, decision.policy, decision.action, decision.code)
@@ -110,6 +130,8 @@ class Account:
 
     def leased(self) -> None:
         self._leased_at = time.perf_counter()
+        if self._trace is not None:
+            self._trace.leased(self.level)
 
     @property
     def level(self) -> str:
@@ -164,6 +186,8 @@ class Account:
         if served:
             self._shadow()
         self._keep(measured, served)
+        if self._trace is not None:
+            self._trace.ended(self._record, self.code, self._span())
         if served and measured is not None:
             missed = self._missed(measured)
         elif self.code != _HUNG_UP and decision is not None:
@@ -172,6 +196,12 @@ class Account:
             return
         metrics.slo(wanted.model, level, self._policy.name, missed)
         self._services.policies.observe(self._policy, met=not missed)
+
+    def _span(self) -> tuple[float, float] | None:
+        """When the first and the last token came."""
+        firsts = [choice.first_at for choice in self.choices if choice.first_at is not None]
+        lasts = [choice.last_at for choice in self.choices if choice.last_at is not None]
+        return (min(firsts), max(lasts)) if firsts and lasts else None
 
     def _keep(self, measured: Measured | None, served: bool) -> None:
         """Hand what was decided, and what became of it, to the ledger."""
@@ -187,7 +217,8 @@ class Account:
             missed=self._missed(measured) if served and measured is not None else None,
             seconds=round(time.perf_counter() - self._arrived, 4),
         )
-        if ledger.with_text:
+        traces = self._services.traces
+        if ledger.with_text or (traces is not None and traces.with_text):
             answers = tuple(tuple(choice.ids) for choice in self.choices)
             record.text = (self._wanted.prompts, answers)
         ledger.closed(record)
@@ -205,6 +236,7 @@ class Account:
         if decision is None or decision.predicted is None or decision.action != "serve":
             return
         model, predicted = self._wanted.model, decision.predicted
+        measured = self._since_decided(measured, decision)
         pairs: dict[Literal["ttft", "tpot"], tuple[float, float | None]] = {
             "ttft": (predicted.ttft_ms, measured.ttft_ms),
             "tpot": (predicted.tpot_ms, measured.tpot_ms),
@@ -232,6 +264,17 @@ class Account:
                     predicted_s=guess / 1000.0,
                     measured_s=truth / 1000.0,
                 )
+
+    @staticmethod
+    def _since_decided(measured: Measured, decision: Decision) -> Measured:
+        """Predictions count from the decision; the request may have waited for its turn before."""
+        waited = _waited_ms(decision)
+        ttft = measured.ttft_ms
+        return Measured(
+            None if ttft is None else max(0.0, ttft - waited),
+            measured.tpot_ms,
+            max(0.0, measured.latency_ms - waited),
+        )
 
     def _fix(self) -> Measured:
         if self._measured is None:
@@ -267,7 +310,15 @@ class Account:
 
 
 def _numbers(decision: Decision, policy: Policy) -> dict[str, float] | None:
-    return None if decision.predicted is None else decision.predicted.numbers(policy.confidence)
+    """What is predicted, from the request's arrival on."""
+    if decision.predicted is None:
+        return None
+    return decision.predicted.delayed(_waited_ms(decision)).numbers(policy.confidence)
+
+
+def _waited_ms(decision: Decision) -> float:
+    """What the request had waited for its turn when it was decided."""
+    return 0.0 if decision.case is None else decision.case.ask.moment.waited_ms
 
 
 def _card(snapshot: LadderSnapshot, level: str) -> Card | None:

@@ -8,10 +8,10 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from gateway.api.deps import CalledBy, Using
-from gateway.api.generate import ask_of, make_decision
 from gateway.api.match import policy_for
 from gateway.api.prepare import prepare, read_sla
 from gateway.api.schemas import ChatBody, CompletionBody, body_schema, parse, read_body
+from gateway.api.turn import ask_of, make_decision
 from gateway.errors import InvalidRequest
 from gateway.policy.explain import explanation
 

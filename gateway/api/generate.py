@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from secrets import token_hex
 
@@ -24,7 +23,8 @@ from gateway.api.prepare import Wanted
 from gateway.api.problems import InternalError, as_pressgate
 from gateway.api.sse import DONE, ChatShape, Choice, Shape, TextShape, error_event
 from gateway.api.stream import Stream
-from gateway.engine.base import EngineFailed, GenerationRequest, SequenceFailed, TokenEvent
+from gateway.api.turn import promised, remember, wish_for
+from gateway.engine.base import Engine, EngineFailed, GenerationRequest, SequenceFailed, TokenEvent
 from gateway.errors import (
     BudgetUnmet,
     InvalidRequest,
@@ -33,10 +33,8 @@ from gateway.errors import (
     PressgateError,
     Unavailable,
 )
-from gateway.policy.decide import decide
-from gateway.policy.decision import Ask, Decision
+from gateway.policy.decision import Decision
 from gateway.policy.policy import Policy
-from gateway.variants.variant import LadderSnapshot
 
 log = logging.getLogger(__name__)
 
@@ -80,23 +78,6 @@ async def until_disconnect(receive: Receive) -> AsyncIterator[None]:
         watcher.cancel()
 
 
-def ask_of(wanted: Wanted) -> Ask:
-    """What is decided on: of several prompts, the longest."""
-    return Ask(
-        model=wanted.model,
-        prompt_tokens=max(len(prompt) for prompt in wanted.prompts),
-        max_tokens=wanted.sampling.max_tokens,
-        pinned_level=wanted.pinned,
-        sla=wanted.sla,
-    )
-
-
-def make_decision(services: Services, ask: Ask, policy: Policy) -> tuple[Decision, LadderSnapshot]:
-    """Decide on the ladder as it is now; counts nothing and starts nothing."""
-    snapshot = services.pool.glance(ask.model)
-    return decide(ask, policy, snapshot, services.predictor.predict), snapshot
-
-
 def refusal(decision: Decision) -> PressgateError:
     """The error that a rejecting decision is answered with."""
     retry = decision.retry_after_s
@@ -125,10 +106,15 @@ class Generation:
         self._wanted = wanted
         self._policy = policy
         self._key = key
+        self._arrived = arrived
         self._account = Account(services, wanted, policy, arrived, key)
         shape = ChatShape if wanted.chat else TextShape
         self._shape: Shape = shape(wanted.name, wanted.sequences, wanted.include_usage)
         self._started = False
+
+    def trace(self, headers: Mapping[str, str]) -> None:
+        """Go on with the trace that the request's headers name, or begin one."""
+        self._account.trace(headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         account = self._account
@@ -160,39 +146,44 @@ class Generation:
             log.warning("%s: %s: %s", what, type(error).__name__, error)
 
     async def _serve(self, send: Send) -> None:
-        decision, wait_s = await self._decide()
-        level = decision.level or decision.build
-        assert level is not None, "a decision to serve names a level"
+        services, wanted = self._services, self._wanted
+        wish = wish_for(services, wanted, self._policy, self._key, self._arrived)
+        services.admission.house(wanted.model).recent.came(self._policy.name, self._arrived)
         async with (
-            self._services.admission.admit(self._key),
-            self._services.pool.lease(self._wanted.model, level, wait_s=wait_s) as engine,
+            services.admission.admit(self._key),
+            services.admission.turn(wish) as decision,
         ):
-            self._account.leased()
-            choices = self._choices()
-            self._account.choices = choices
-            async with aclosing(merged(engine, self._requests())) as events:
-                if self._wanted.stream:
-                    await self._stream(send, choices, events)
-                else:
-                    await self._collect(send, choices, events)
+            wait_s = await self._decided(decision)
+            level = decision.level or decision.build
+            assert level is not None, "a decision to serve names a level"
+            async with services.pool.lease(wanted.model, level, wait_s=wait_s) as engine:
+                self._account.leased()
+                choices = self._choices()
+                self._account.choices = choices
+                with promised(services, wanted, decision, self._arrived, choices):
+                    await self._answer(send, engine, choices)
 
-    async def _decide(self) -> tuple[Decision, float]:
-        """The decision and the seconds its level may take to be ready.
+    async def _answer(self, send: Send, engine: Engine, choices: list[Choice]) -> None:
+        async with aclosing(merged(engine, self._requests())) as events:
+            if self._wanted.stream:
+                await self._stream(send, choices, events)
+            else:
+                await self._collect(send, choices, events)
+
+    async def _decided(self, decision: Decision) -> float:
+        """Act on the decision; returns the seconds its level may take to be ready.
 
         Raises:
             PressgateError: the decision is to reject.
         """
-        began = time.perf_counter()
-        decision, snapshot = make_decision(self._services, ask_of(self._wanted), self._policy)
-        self._services.metrics.decision_took(self._wanted.model, time.perf_counter() - began)
-        self._account.decided(decision, snapshot)
+        assert decision.case is not None, "decided just now"
+        self._account.decided(decision, decision.case.snapshot)
         if decision.action != "wait":
             await self._prepare(decision)
         if decision.action == "reject":
             raise refusal(decision)
-        if decision.action == "wait":
-            return decision, self._policy.wait_ms / 1000.0
-        return decision, _LOAD_SECONDS
+        remember(self._services, self._wanted, self._policy, decision)
+        return self._policy.wait_ms / 1000.0 if decision.action == "wait" else _LOAD_SECONDS
 
     async def _prepare(self, decision: Decision) -> None:
         """Start what the decision wants in the background; this request does not depend on it."""
@@ -224,6 +215,7 @@ class Generation:
                 prompt=prompt,
                 sampling=wanted.seeded(i),
                 prompt_logprobs=wanted.prompt_logprobs,
+                context=self._account.context,
             )
             for prompt in wanted.prompts
             for i in range(wanted.n)

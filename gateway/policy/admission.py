@@ -1,30 +1,51 @@
-"""Who may come in: bounds on requests in the house, in all and per API key.
+"""Who may come in, and when each one's turn is: bounds, slots of levels, and the queue before them.
 
-Counts only; queues nothing. A refused caller is told when a place is likely to be free.
-Owned by the event loop.
+The house and every key hold permits; a level's slots are held by whoever it serves. A request whose
+level has no free slot waits in `queue`, which is pure; here are the clock, the timers and the
+futures. What can no longer be kept is told at once, with what could. Owned by the event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Final, Self
 
 from gateway.config import Limits
 from gateway.errors import Overloaded
+from gateway.policy import service
+from gateway.policy.decision import Decision
+from gateway.policy.house import House, Look, Place, Unwatched, Watch, Wish
+from gateway.policy.queue import QueueFull, Waiting
 
 ANONYMOUS: Final = ""
 RETRY_SECONDS: Final = (1.0, 60.0)
 _WEIGHT: Final = 0.1  # of the newest stay in the running mean
+_TICK_S: Final = 0.25  # how often those who wait are looked at when nothing happens
+_TRIES: Final = 8  # decisions in one look at one level
+ANYWHERE: Final = ""  # the lane of those that no level may serve just now
 
 
 class Admission:
-    """Permits for requests. Keys that hold none take no memory."""
+    """Permits and turns for requests. Keys that hold none take no memory."""
 
-    def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        clock: Callable[[], float] = time.perf_counter,
+        watch: Watch | None = None,
+        shares: Mapping[str, int] | None = None,
+    ) -> None:
+        """`shares`: requests at once of keys that have a bound of their own."""
         self._limits = limits
         self._clock = clock
+        self._watch: Watch = watch or Unwatched()
+        self._shares = shares or {}
+        self._houses: dict[str, House] = {}
         self._held: dict[str, int] = {}
         self._in_flight = 0
         self._mean_stay: float | None = None
@@ -51,12 +72,216 @@ class Admission:
         """
         return Permit(self, key or ANONYMOUS)
 
+    # -- turns ------------------------------------------------------------------------------------
+
+    def house(self, model: str) -> House:
+        """What is known of a model's slots, queue, promises and past."""
+        house = self._houses.get(model)
+        if house is None:
+            house = self._houses[model] = House(self._limits)
+        return house
+
+    def look(self, model: str, priority: int = 5) -> Look:
+        """With what a request that came in now, without a deadline, would be decided on."""
+        now = self._clock()
+        return Look(now, 0.0, self.house(model).ahead(priority, math.inf))
+
+    @asynccontextmanager
+    async def turn(self, wish: Wish) -> AsyncIterator[Decision]:
+        """Decide, wait for a slot if there is none, decide again; the slot is held while the block
+        runs. A decision to reject, or to wait for a build, holds none."""
+        decision = await self._seat(wish)
+        level, began = decision.level, self._clock()
+        try:
+            yield decision
+        finally:
+            if level is not None:
+                self._release(wish, level, self._clock() - began)
+
+    async def _seat(self, wish: Wish) -> Decision:
+        house, now = self.house(wish.model), self._clock()
+        decision = self._decide(house, wish, now)
+        level = decision.level
+        if level is None:
+            if not (wish.patient and service.blocked(decision)):
+                return self._told(decision)
+            return await self._wait(house, wish, decision, self._entry(wish, decision, ANYWHERE))
+        entry = self._entry(wish, decision, level)
+        if house.enough(level, wish.sequences) and house.queue.head(level, now) is None:
+            house.take(level, wish.sequences)
+            house.queue.started(entry, now)
+            return decision
+        interval = house.interval_s(level, entry.hold_s)
+        if entry.promised and not house.queue.fits(entry, now, interval):
+            if not wish.patient:
+                return self._told(service.crowded(decision, house.line_s(entry)))
+            entry.start_by = math.inf
+        return await self._wait(house, wish, decision, entry)
+
+    def _decide(
+        self, house: House, wish: Wish, now: float, *, first: bool = False, forced: bool = False
+    ) -> Decision:
+        """`first`: nobody is ahead but those who hold slots."""
+        if first or not len(house.queue):
+            ahead = house.held
+        else:
+            ahead = house.ahead(wish.priority, wish.deadline)
+        decision = wish.decide(Look(now, now - wish.arrived, ahead, forced))
+        if decision.case is not None:
+            house.learn_slots(decision.case.snapshot)
+        return decision
+
+    def _entry(self, wish: Wish, decision: Decision, level: str) -> Waiting:
+        hold_s, start_by = service.of(decision, wish.arrived)
+        return Waiting(
+            key=wish.key or ANONYMOUS,
+            level=level,
+            priority=wish.priority,
+            arrived=wish.arrived,
+            start_by=start_by,
+            hold_s=hold_s,
+            sequences=wish.sequences,
+        )
+
+    async def _wait(self, house: House, wish: Wish, decision: Decision, entry: Waiting) -> Decision:
+        try:
+            house.queue.push(entry, self._clock())
+        except QueueFull as full:
+            self._watch.refused("queue")
+            return service.crowded(decision, house.line_s(entry), str(full))
+        place = Place(wish, entry, asyncio.get_running_loop().create_future())
+        house.places[entry.number] = place
+        self._watch.queue_length(wish.priority, house.queue.waiting(wish.priority))
+        self._set_timer(wish.model, house)
+        outcome = "gone"
+        try:
+            decision = await place.future
+            outcome = "served" if decision.action == "serve" else "refused"
+            return decision
+        finally:
+            self._leave(house, place, outcome)
+
+    def _leave(self, house: House, place: Place, outcome: str) -> None:
+        """However the wait ended; slots given to a caller who is gone are given back."""
+        wish, entry, future = place.wish, place.entry, place.future
+        house.queue.remove(entry)
+        house.places.pop(entry.number, None)
+        self._watch.queue_length(wish.priority, house.queue.waiting(wish.priority))
+        self._watch.queue_left(wish.priority, outcome, self._clock() - wish.arrived)
+        granted = outcome == "gone" and future.done() and not future.cancelled()
+        if granted and future.exception() is None and (level := future.result().level) is not None:
+            self._release(wish, level, None)
+
+    def _release(self, wish: Wish, level: str, seconds: float | None) -> None:
+        house = self.house(wish.model)
+        house.give_back(level, wish.sequences, seconds)
+        if len(house.queue):
+            self._pump(wish.model)
+
+    # -- the queue --------------------------------------------------------------------------------
+
+    def _set_timer(self, model: str, house: House) -> None:
+        if house.timer is not None:
+            house.timer.cancel()
+            house.timer = None
+        if len(house.queue):
+            wait = min(_TICK_S, max(0.0, house.queue.next_expiry - self._clock()))
+            loop = asyncio.get_running_loop()
+            house.timer = loop.call_later(wait + 1e-3, self._pump, model)
+
+    def _pump(self, model: str) -> None:
+        """Give free slots to those whose turn it is, and an answer to those who are too late."""
+        house, now = self.house(model), self._clock()
+        for entry in house.queue.expired(now):
+            self._answer(house, house.places[entry.number], now, self._too_late)
+        for level in house.queue.levels():
+            for _ in range(_TRIES):
+                head = house.queue.head(level, now)
+                if head is None or not house.enough(level, head.sequences):
+                    break
+                if not self._answer(house, house.places[head.number], now, self._next):
+                    break
+        self._set_timer(model, house)
+
+    @staticmethod
+    def _answer(
+        house: House, place: Place, now: float, how: Callable[[House, Place, float], bool]
+    ) -> bool:
+        """Decide anew on one who waits; an error on the way is its own."""
+        if place.future.done():  # its caller hung up just now
+            house.queue.remove(place.entry)
+            return True
+        try:
+            return how(house, place, now)
+        except Exception as error:
+            house.queue.remove(place.entry)
+            if not place.future.done():
+                place.future.set_exception(error)
+            return True
+
+    def _next(self, house: House, place: Place, now: float) -> bool:
+        """Serve, move or answer who goes first at a level; False: nobody can be for now."""
+        wish, entry = place.wish, place.entry
+        forced = not entry.promised and house.queue.due(now)
+        decision = self._decide(house, wish, now, first=True, forced=forced)
+        to = decision.level
+        if to is None:
+            if wish.patient and service.blocked(decision):
+                return False
+            house.queue.remove(entry)
+            self._grant(place, self._told(decision))
+            return True
+        elsewhere = house.enough(to, wish.sequences) and house.queue.head(to, now) is None
+        if to != entry.level and not elsewhere:
+            house.queue.remove(entry)
+            entry.level = to
+            house.queue.push(entry, now)
+            return True
+        house.queue.start(entry, now)
+        house.take(to, wish.sequences)
+        self._grant(place, decision)
+        return True
+
+    def _too_late(self, house: House, place: Place, now: float) -> bool:
+        """Its level will not be free in time: another one may be; else say so now."""
+        wish, entry = place.wish, place.entry
+        decision = self._decide(house, wish, now, first=True)
+        to = decision.level
+        if to is not None and house.enough(to, wish.sequences) and not decision.misses:
+            house.take(to, wish.sequences)
+            self._grant(place, decision)
+            return True
+        if wish.patient:
+            entry.start_by = math.inf
+            try:
+                house.queue.push(entry, now)
+                return True
+            except QueueFull:
+                pass  # as one that never was promised anything
+        self._grant(place, self._told(service.crowded(decision, house.line_s(entry))))
+        return True
+
+    @staticmethod
+    def _grant(place: Place, decision: Decision) -> None:
+        if not place.future.done():
+            place.future.set_result(decision)
+
+    def _told(self, decision: Decision) -> Decision:
+        if decision.action == "reject":
+            self._watch.refused(decision.code)
+        return decision
+
+    # -- permits ----------------------------------------------------------------------------------
+
     def _take(self, key: str) -> float:
         limits, mine = self._limits, self._held.get(key, 0)
+        share = self._shares.get(key, limits.max_concurrent_per_key)
         if self._in_flight >= limits.max_concurrent:
+            self._watch.refused("concurrency")
             raise self._refusal("the gateway serves", limits.max_concurrent, self._in_flight)
-        if mine >= limits.max_concurrent_per_key:
-            raise self._refusal("this API key has", limits.max_concurrent_per_key, mine)
+        if mine >= share:
+            self._watch.refused("key_concurrency")
+            raise self._refusal("this API key has", share, mine)
         self._held[key] = mine + 1
         self._in_flight += 1
         self.admitted += 1

@@ -85,6 +85,12 @@ def busy(running: int, retry: float, *, harmful: bool = False) -> str:
     )
 
 
+def crowded(why: str | None, retry: float) -> str:
+    """Why somebody who could be served later is told so now; `why`: which bound is reached."""
+    because = why or "Those who wait already leave no slot in time to keep the budget"
+    return f"{because[0].upper()}{because[1:]}; try again in about {_seconds(retry)}."
+
+
 def failure(option: Option, retry: float) -> str:
     """Why nothing serves when the failure of `option` is to blame."""
     return (

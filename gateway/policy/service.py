@@ -1,0 +1,135 @@
+"""What being served costs once a slot is there: how long it takes, when it has to begin. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
+
+from gateway.policy import sentences
+from gateway.policy.decision import Ask, Decision
+from gateway.policy.prediction import Prediction
+from gateway.variants.variant import LadderSnapshot, LevelFacts
+
+_RETRY_S: Final = (1.0, 60.0)
+_TIMES: Final = frozenset({"ttft_ms", "tpot_ms", "latency_ms"})
+
+
+def alone(decision: Decision) -> Prediction | None:
+    """What the decision predicts, without the wait for a slot that it holds while the level is
+    full: the prompt and a step, then tokens at the predicted pace."""
+    predicted, case = decision.predicted, decision.case
+    if predicted is None or case is None or decision.level is None:
+        return predicted
+    row = case.columns.index[decision.level]
+    prompt_ms = case.columns.prefill_ms.item(row) * case.ask.prompt_tokens * predicted.ttft_factor
+    ttft_ms = min(predicted.ttft_ms, predicted.load_ms + max(prompt_ms, predicted.tpot_ms))
+    return replace(
+        predicted,
+        ttft_ms=ttft_ms,
+        latency_ms=ttft_ms + predicted.latency_ms - predicted.ttft_ms,
+    )
+
+
+def of(decision: Decision, arrived: float) -> tuple[float, float]:
+    """(seconds that a slot will be held, when service has to begin so that the decision's bounds
+    are kept; inf: it keeps no such bound, or misses one knowingly)."""
+    service = alone(decision)
+    if service is None:
+        return 1.0, math.inf
+    hold_s = max(1e-3, service.latency_ms / 1000.0)
+    if _TIMES & set(decision.misses):
+        return hold_s, math.inf
+    confidence = decision.case.policy.confidence if decision.case is not None else 0.5
+    high = service.high(confidence)
+    bounds = dict(decision.budget.bounds())
+    spare = [
+        bounds[name] - cost
+        for name, cost in (("ttft_ms", high.ttft_ms), ("latency_ms", high.latency_ms))
+        if name in bounds
+    ]
+    return hold_s, arrived + min(spare) / 1000.0 if spare else math.inf
+
+
+def blocked(decision: Decision) -> bool:
+    """Is it only for the promises of those who run that nothing serves now?"""
+    case = decision.case
+    if decision.code != "busy" or case is None or case.harmless is None:
+        return False
+    return not bool(case.harmless.all())
+
+
+def beside(snapshot: LadderSnapshot, ahead: Mapping[str, int], ask: Ask) -> LadderSnapshot:
+    """The ladder with those that its engines do not tell of: sequences on their way to a level, or
+    waiting for one of its slots (`ahead`: all that hold or get one first). Taken to be as long as
+    `ask`."""
+    if not ahead:
+        return snapshot
+    found = snapshot.levels
+    more = {
+        row: _joined(facts, ahead[facts.level], ask)
+        for row, facts in enumerate(found)
+        if ahead.get(facts.level, 0) > _seen(facts)
+    }
+    if not more:
+        return snapshot
+    levels = tuple([more.get(row, facts) for row, facts in enumerate(found)])
+    starting = sum(facts.stats.running - found[row].stats.running for row, facts in more.items())
+    return replace(snapshot, levels=levels, host_running=snapshot.host_running + starting)
+
+
+def _joined(facts: LevelFacts, together: int, ask: Ask) -> LevelFacts:
+    stats, more = facts.stats, together - _seen(facts)
+    slots = facts.max_running - stats.running if facts.max_running else more
+    starting = min(more, max(0, slots))
+    return replace(
+        facts,
+        stats=replace(
+            stats,
+            running=stats.running + starting,
+            waiting=stats.waiting + more - starting,
+            waiting_prompt_tokens=stats.waiting_prompt_tokens + starting * ask.prompt_tokens,
+            remaining_tokens=stats.remaining_tokens + more * ask.max_tokens,
+        ),
+    )
+
+
+def _seen(facts: LevelFacts) -> int:
+    return facts.stats.running + facts.stats.waiting
+
+
+def crowded(decision: Decision, wait_s: float, why: str | None = None) -> Decision:
+    """A refusal of what would have been served, were there not those who wait before it.
+
+    `wait_s`: until a slot is expected to be free for a newcomer.
+    """
+    retry = min(_RETRY_S[1], max(_RETRY_S[0], wait_s))
+    could_meet = decision.could_meet
+    service = alone(decision)
+    if decision.level is not None and service is not None and decision.case is not None:
+        high = service.high(decision.case.policy.confidence)
+        wait_ms = 1000.0 * _late(wait_s, service)
+        have = {"ttft_ms": wait_ms + high.ttft_ms, "latency_ms": wait_ms + high.latency_ms}
+        could_meet = {
+            name: max(bound, math.ceil(10.0 * have[name]) / 10.0) if name in have else bound
+            for name, bound in decision.budget.bounds()
+        }
+    return replace(
+        decision,
+        action="reject",
+        code="busy",
+        level=None,
+        build=None,
+        warm=None,
+        predicted=None,
+        misses=(),
+        reason=sentences.crowded(why, retry),
+        retry_after_s=retry,
+        could_meet=could_meet or None,
+    )
+
+
+def _late(wait_s: float, service: Prediction) -> float:
+    """A wait that is seldom exceeded: as long as it takes on average, and one service time more."""
+    return wait_s + service.latency_ms / 1000.0
