@@ -65,7 +65,9 @@ class _Variant:
     @property
     def drafting(self) -> bool:
         """Whether the next step may be a speculative one."""
-        return self.speculator is not None and self.speculator.due(len(self.jobs))
+        if self.speculator is None:
+            return False
+        return self.speculator.due([job.row for job in self.jobs.values()])
 
     @property
     def ahead(self) -> bool:
@@ -293,11 +295,12 @@ class Core:
         self, variant: _Variant, speculator: Speculator, batch: Sequence[Tokens]
     ) -> list[Event] | None:
         """Take a speculative step, if one pays now."""
-        if any(seq.pending for seq in batch):
-            speculator.skip(self._turns, batch)
-            return None
         jobs = [variant.jobs[id(seq)] for seq in batch]
-        found = speculator.step(self._turns, batch, [job.row for job in jobs])
+        rows = [job.row for job in jobs]
+        if any(seq.pending for seq in batch):
+            speculator.skip(self._turns, batch, rows)
+            return None
+        found = speculator.step(self._turns, batch, rows)
         events: list[Event] = []
         for job, tokens in zip(jobs, found or (), strict=found is not None):
             for scored in tokens:

@@ -56,7 +56,8 @@ class Drafter(Protocol):
     prior: float
 
     def most(self, seq: Tokens, row: RowState) -> int:
-        """How many tokens it can propose after `seq` now."""
+        """How many tokens it can propose after `seq` now; after what is known of it, if its last
+        ones are not."""
         ...
 
     def propose(
@@ -248,7 +249,7 @@ class LookupDrafter:
         text = self._texts.get(row)
         if text is None:
             text = self._texts[row] = array("i")
-        text.extend(seq.tokens[len(text) :])
+        text.extend(seq.tokens[len(text) : len(seq.tokens) - seq.pending])
         data = text.tobytes()
         for size in _GRAMS:
             if size >= len(text):

@@ -28,6 +28,7 @@ _WORTH = 0.2  # a token that is kept more rarely is not drafted
 _UNTRIED = 3  # tokens of a first draft
 _FIRST_PATIENCE, _LAST_PATIENCE = 8, 1024  # plain steps before another try
 _WARMTH = 16  # steps
+_COSTS = 32  # plain steps before another try, for each one that a try is expected to lose
 _REFRESH = 128  # speculative steps before a plain one, so that its time stays known
 _MEMORY = 0.99  # what older verdicts weigh after each step
 _PRIOR_WEIGHT = 8.0  # verdicts that a drafter's prior stands for
@@ -45,6 +46,17 @@ class Choice(NamedTuple):
 
     drafter: str
     counts: list[int]
+
+
+class _Bid(NamedTuple):
+    """What a drafter's best choice promises: tokens of a step, and a second."""
+
+    choice: Choice | None
+    tokens: float
+    rate: float
+
+
+_NOTHING = _Bid(None, 0.0, 0.0)
 
 
 class Curve:
@@ -128,6 +140,14 @@ class Payoff:
         """A plain step is taken without asking."""
         self._plain += 1
 
+    def hurry(self, batch: int, offers: Mapping[str, Sequence[Offer]], places: int) -> None:
+        """Ask soon if these offers, which may be a step old, promise to pay."""
+        plain = self._without.at(batch)
+        if plain is not None and self._without.known(batch):
+            found = [self._best(name, plain, rows, places) for name, rows in offers.items()]
+            if any(bid.rate * plain > _MARGIN * batch for bid in found):
+                self._plain = self._patience
+
     def choose(
         self, batch: int, offers: Mapping[str, Sequence[Offer]], places: int
     ) -> Choice | None:
@@ -137,34 +157,34 @@ class Payoff:
             offers: by drafter, what it can do for each row.
             places: rows that a step can have.
         """
-        without = self.steps if self.ahead is None else self.ahead
-        plain, self._batch = without.at(batch), batch
-        best, rate = None, 0.0
-        if plain is None or not without.known(batch):
+        plain, self._batch = self._without.at(batch), batch
+        if plain is None or not self._without.known(batch):
             self._plain, self._batch = self._plain + 1, 0  # ask again
             return None
-        for name, rows in offers.items():
-            choice, found = self._best(name, plain, rows, places)
-            if choice is not None and found > rate:
-                best, rate = choice, found
-        if best is not None and rate * plain > _MARGIN * batch:
+        found = (self._best(name, plain, rows, places) for name, rows in offers.items())
+        best = max(found, key=lambda bid: bid.rate, default=_NOTHING)
+        if best.rate * plain > _MARGIN * batch:
             self._patience, self._warm, self._plain = _FIRST_PATIENCE, _WARMTH, 0
             self._fast = 0 if self._fast >= _REFRESH else self._fast + 1
-            return best if self._fast else None
+            return best.choice if self._fast else None
         tried = self._plain >= self._patience
         self._warm, self._fast = max(0, self._warm - 1), 0
         self._plain = 0 if tried else self._plain + 1
         if not tried:
             return None
-        if best is None:
+        if best.choice is None:
             self._patience = max(self._patience, self.idle_patience)
             return None
-        self._patience = min(2 * self._patience, _LAST_PATIENCE)
-        return best
+        lost = best.tokens / best.rate / plain - best.tokens / batch
+        self._patience = min(max(2 * self._patience, round(_COSTS * lost)), _LAST_PATIENCE)
+        return best.choice
 
-    def _best(
-        self, name: str, plain: float, rows: Sequence[Offer], places: int
-    ) -> tuple[Choice | None, float]:
+    @property
+    def _without(self) -> Curve:
+        """Steps without drafts."""
+        return self.steps if self.ahead is None else self.ahead
+
+    def _best(self, name: str, plain: float, rows: Sequence[Offer], places: int) -> _Bid:
         """The fastest number of tokens to draft, and the tokens a second that it promises.
 
         Args:
@@ -177,7 +197,7 @@ class Payoff:
         if each is None:
             each, most = 0.0, min(most, _UNTRIED)
         counts, chances = [0] * len(rows), [1.0] * len(rows)
-        total, tokens, best, rate = len(rows), float(len(rows)), None, 0.0
+        total, tokens, best = len(rows), float(len(rows)), _NOTHING
         for k in range(1, most + 1):
             for i, row in enumerate(rows):
                 chance = chances[i] * row.alpha
@@ -187,6 +207,6 @@ class Payoff:
             if k not in counts:
                 break
             seconds = (self.steps.at(total) or plain) + k * each
-            if seconds > 0 and tokens / seconds > rate:
-                best, rate = Choice(name, list(counts)), tokens / seconds
-        return best, rate
+            if seconds > 0 and tokens / seconds > best.rate:
+                best = _Bid(Choice(name, list(counts)), tokens, tokens / seconds)
+        return best

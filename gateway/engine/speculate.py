@@ -26,7 +26,7 @@ from gateway.engine.device_sampler import upload
 from gateway.engine.drafters import DRAFTERS, Draft, Drafter, LevelDrafter
 from gateway.engine.draw import launch
 from gateway.engine.host_acceptance import Shares, judge_row
-from gateway.engine.payoff import Choice, Curve, Offer, Payoff, Verdicts
+from gateway.engine.payoff import Curve, Offer, Payoff, Verdicts
 from gateway.engine.runner import Model
 from gateway.engine.runners import AheadRunner, StepRunner
 from gateway.engine.sampler import RowState, Scored, score
@@ -36,6 +36,7 @@ from gateway.engine.tokenizer import Tokenizer
 
 OFF, AUTO = "off", "auto"
 _AHEAD_PATIENCE = 64
+_GLANCE = 8  # steps launched ahead, after which drafters that cost nothing are looked at
 _FLOWING = 3  # steps launched ahead; the first ones wait for nothing, or for what came before
 _LIGHTER = 0.8  # a level with at most this share of another's bytes may draft for it
 
@@ -97,6 +98,7 @@ class _Open(NamedTuple):
     first: Tokens
     rows: int
     drafting: float  # seconds
+    payoff: Payoff
     ahead: int = 0  # launched before the last one was read: so many in a row
 
 
@@ -105,6 +107,7 @@ class Speculator:
 
     Attributes:
         drafters: who may draft now; the core changes it as levels come and go.
+        payoff: of steps whose rows are greedy; `sampled`: of others, which are judged otherwise.
     """
 
     def __init__(
@@ -126,7 +129,9 @@ class Speculator:
         self.drafters: list[Drafter] = []
         # Asking costs a runner that is launched ahead a step that is not.
         self._ahead = isinstance(level.runner, AheadRunner)
-        self.payoff = Payoff(_AHEAD_PATIENCE, ahead=Curve()) if self._ahead else Payoff()
+        self.payoff, self.sampled = (
+            Payoff(_AHEAD_PATIENCE, ahead=Curve()) if self._ahead else Payoff() for _ in range(2)
+        )
         self._runner = level.runner
         self._scheduler = scheduler
         self._places = places
@@ -147,14 +152,14 @@ class Speculator:
             Per sequence its next tokens, at least one. Keys and values are right for the
             sequence as it is and for all of these but the last.
         """
-        if not self.due(len(batch)):
-            self.skip(turn, batch)
+        if not self.due(rows):
+            self.skip(turn, batch, rows)
             return None
-        began = self._clock()
+        began, payoff = self._clock(), self._payoff(rows)
         self._close(turn, began, batch)
-        choice = self._choose(batch, rows)
+        choice = payoff.choose(len(batch), self._offers(batch, rows), self._places)
         if choice is None:
-            self._open = _Open(turn, began, batch[0], len(batch), 0.0)
+            self._open = _Open(turn, began, batch[0], len(batch), 0.0, payoff)
             return None
         drafter = next(d for d in self.drafters if d.name == choice.drafter)
         counts = [
@@ -166,47 +171,57 @@ class Speculator:
         drafting = self._clock() - began
         if drafted:
             active = sum(map(bool, draft.tokens))
-            self.payoff.drafts.setdefault(drafter.name, Curve()).note(active, drafting / drafted)
+            payoff.drafts.setdefault(drafter.name, Curve()).note(active, drafting / drafted)
         found = self._verify(batch, rows, draft)
         self._note(drafter, rows, draft, found)
         places = len(batch) + sum(map(len, draft.tokens))
-        self._open = _Open(turn, began, batch[0], places, drafting)
+        self._open = _Open(turn, began, batch[0], places, drafting, payoff)
         return found
 
-    def skip(self, turn: int, batch: Sequence[Tokens]) -> None:
-        """`batch` is decoded plainly without asking."""
-        began = self._clock()
+    def skip(self, turn: int, batch: Sequence[Tokens], rows: Sequence[RowState]) -> None:
+        """`batch` is decoded plainly without asking; its last tokens may be unknown."""
+        began, payoff = self._clock(), self._payoff(rows)
         last = self._open
         self._close(turn, began, batch)
-        self.payoff.skip()
+        payoff.skip()
         before = last.ahead if last is not None and last.turn == turn - 1 else 0
         ahead = before + 1 if self._ahead else 0
-        self._open = _Open(turn, began, batch[0], len(batch), 0.0, ahead)
+        if ahead and ahead % _GLANCE == 0:
+            payoff.hurry(len(batch), self._offers(batch, rows, free=True), self._places)
+        self._open = _Open(turn, began, batch[0], len(batch), 0.0, payoff, ahead)
 
-    def due(self, batch: int) -> bool:
+    def due(self, rows: Sequence[RowState]) -> bool:
         """Whether `step` may do more than decode plainly; it needs all tokens known then."""
-        room = 2 * batch <= self._places  # else hardly a row could be drafted for
-        return bool(self.drafters) and room and self.payoff.due(batch)
+        room = 2 * len(rows) <= self._places  # else hardly a row could be drafted for
+        return bool(self.drafters) and room and self._payoff(rows).due(len(rows))
+
+    def _payoff(self, rows: Sequence[RowState]) -> Payoff:
+        return self.sampled if any(row.random for row in rows) else self.payoff
 
     def _close(self, turn: int, now: float, batch: Sequence[Tokens]) -> None:
         """Learn what the step before took, if nothing came between."""
         last, self._open = self._open, None
         if last is None or last.turn != turn - 1 or last.first is not batch[0]:
             return
-        curve = self.payoff.steps
-        if last.ahead and self.payoff.ahead is not None:
+        curve = last.payoff.steps
+        if last.ahead and last.payoff.ahead is not None:
             if last.ahead < _FLOWING:
                 return
-            curve = self.payoff.ahead
+            curve = last.payoff.ahead
         curve.note(last.rows, now - last.began - last.drafting)
 
-    def _choose(self, batch: Sequence[Tokens], rows: Sequence[RowState]) -> Choice | None:
+    def _offers(
+        self, batch: Sequence[Tokens], rows: Sequence[RowState], *, free: bool = False
+    ) -> dict[str, list[Offer]]:
+        """What drafters can do for each row; `free`: those only that need no model for it."""
         room = [
             seq.max_tokens - seq.generated - 1 if _may(row) else 0
             for seq, row in zip(batch, rows, strict=True)
         ]
         offers = {}
         for drafter in self.drafters:
+            if free and isinstance(drafter, LevelDrafter):
+                continue
             level = self._levels.setdefault(drafter.name, Verdicts()).rate(drafter.prior)
             offers[drafter.name] = [
                 Offer(
@@ -215,7 +230,7 @@ class Speculator:
                 )
                 for seq, row, left in zip(batch, rows, room, strict=True)
             ]
-        return self.payoff.choose(len(batch), offers, self._places)
+        return offers
 
     def _verify(
         self, batch: Sequence[Tokens], rows: Sequence[RowState], draft: Draft

@@ -48,8 +48,9 @@ def speculating(core: Core, most: int = 3) -> Core:
     """Make every variant speculate on every step it may."""
     for variant in core._variants.values():
         if variant.speculator is not None:
-            variant.speculator.payoff = Always()
-            variant.speculator.payoff.most = most
+            always = Always()
+            always.most = most
+            variant.speculator.payoff = variant.speculator.sampled = always
     return core
 
 

@@ -203,6 +203,40 @@ def test_only_steps_that_flow_count_as_launched_ahead() -> None:
     noted: list[float] = []
     payoff.ahead.note = lambda _rows, seconds: noted.append(seconds)  # type: ignore[method-assign]
     batch = [Tokens("m", 1, 9, [1])]
+    rows = [RowState(SamplingParams(8, temperature=0.0), [])]
     for turn in (1, 2, 3, 4, 5, 8, 9, 10, 11):  # another level's steps were in between
-        speculator.skip(turn, batch)
+        speculator.skip(turn, batch, rows)
     assert noted == [3**2 - 2**2, 4**2 - 3**2, 8**2 - 7**2]
+
+
+def test_a_text_that_begins_to_repeat_is_noticed_while_steps_are_launched_ahead() -> None:
+    """The last token is not known then: what is known shows it."""
+    model = SimpleNamespace(layout=SimpleNamespace(kv=None))
+    level = speculate.Level("m@big", model, None, AheadChain(5))  # type: ignore[arg-type]
+    now = iter(range(10_000))
+    speculator = speculate.Speculator(
+        "auto",
+        level,
+        None,
+        places=8,
+        clock=lambda: float(next(now)),  # type: ignore[arg-type]
+    )
+    speculator.drafters = [LookupDrafter()]
+    rows = [RowState(SamplingParams(999, temperature=0.0), [])]
+    seq = Tokens("m", 1, 999, [7])
+    asked = []
+    for turn in range(200):
+        if speculator.due(rows):
+            asked.append(turn)
+            assert speculator.step(turn, [seq], rows) is None  # nothing to offer
+        else:
+            seq.tokens.append(UNKNOWN)
+            seq.pending = 1
+            speculator.skip(turn, [seq], rows)
+            seq.tokens[-1], seq.pending = 100 + turn, 0
+    assert len(asked) < 6
+    seq.tokens += [7, *range(100, 109)]
+    for turn in range(200, 220):
+        seq.pending = 1
+        speculator.skip(turn, [seq], rows)
+    assert speculator.due(rows)
