@@ -37,7 +37,7 @@ from gateway.policy.admission import Admission
 from gateway.policy.predictor import Predictor
 from gateway.policy.store import PolicyStore
 from gateway.quality.shadow import Answer, Score, Shadow
-from gateway.recording import open_ledger
+from gateway.recording import open_ledger, open_tracing
 from gateway.variants.backend import Backend
 from gateway.variants.cards import CardBook, conditions
 from gateway.variants.fake_backend import FakeBackend
@@ -146,6 +146,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
         stack.push_async_callback(policy_store.close)
         shadow = _shadow(settings, pool, metrics)
         ledger = await stack.enter_async_context(open_ledger(settings, pool, metrics, parts.redis))
+        traces = await stack.enter_async_context(open_tracing(settings, pool))
         for work in (_start_up(pool, settings), _report_usage(parts), shadow.run()):
             task = asyncio.create_task(work)
             stack.callback(task.cancel)
@@ -158,6 +159,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
             metrics=metrics,
             shadow=shadow,
             ledger=ledger,
+            traces=traces,
         )
 
 

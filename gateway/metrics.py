@@ -196,8 +196,8 @@ class Metrics:
         self._at(self._decision_time, model).observe(seconds)
 
     def unrecorded(self, where: str, count: int) -> None:
-        """Decisions not kept: in `memory` (too many at once), on `disk`, in `redis`, in the `log`
-        or as `spans`."""
+        """Decisions not kept: in `memory` (too many at once), on `disk`, in `redis` or in the
+        `log`."""
         self._at(self._unrecorded, where).inc(count)
 
     def predicted(

@@ -1,5 +1,5 @@
-"""Opens what remembers requests: the ledger of decisions with its journal and its log. Wires only:
-part of the composition root.
+"""Opens what remembers requests: the ledger of decisions with its journal and its log, and tracing.
+Wires only: part of the composition root.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Final
 from cache.errors import CacheError
 from cache.journal import Journal
 from cache.redis import RedisStore
-from gateway.api.decision_log import DecisionLog
+from gateway.api.decision_log import DecisionLog, Decode
 from gateway.api.ledger import PREFIX, Ledger
+from gateway.api.tracing import Traces, open_traces
 from gateway.config import Settings
 from gateway.metrics import Metrics
 from gateway.variants.pool import VariantPool
@@ -47,6 +48,21 @@ async def open_ledger(
         await ledger.close()
 
 
+@asynccontextmanager
+async def open_tracing(settings: Settings, pool: VariantPool) -> AsyncIterator[Traces | None]:
+    """What makes traces; None when the configuration does not ask for them.
+
+    Raises:
+        ConfigError: the OpenTelemetry packages are not installed.
+    """
+    traces = await asyncio.to_thread(open_traces, settings.tracing, _decode(pool))
+    try:
+        yield traces
+    finally:
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
+
+
 async def _journal(settings: Settings, redis: RedisStore | None) -> Journal | None:
     """None when the disk does not take one: then the last decisions are kept in memory."""
     wanted = settings.decisions
@@ -70,13 +86,17 @@ def _log(settings: Settings, pool: VariantPool) -> DecisionLog | None:
     if wanted.log is None:
         return None
 
-    def decode(model: str, ids: Sequence[int]) -> str:
-        # An upstream's tokens may have no id here.
-        return pool.tokenizer(model).decode([token for token in ids if token >= 0])
-
     return DecisionLog(
         wanted.log.expanduser(),
         max_bytes=wanted.log_bytes,
         files=wanted.log_files,
-        decode=decode if wanted.log_text else None,
+        decode=_decode(pool) if wanted.log_text else None,
     )
+
+
+def _decode(pool: VariantPool) -> Decode:
+    def decode(model: str, ids: Sequence[int]) -> str:
+        # An upstream's tokens may have no id here.
+        return pool.tokenizer(model).decode([token for token in ids if token >= 0])
+
+    return decode

@@ -88,7 +88,7 @@ class _Lines(RotatingFileHandler):
 
 
 def line(record: Record) -> dict[str, Any]:
-    """A finished request as one line. Times in ms; `ts` in Unix seconds, when it was decided."""
+    """A finished request as one line. Times in ms; `ts`: when it came in, Unix seconds."""
     decision, result, case = record.decision, record.result, record.decision.case
     assert case is not None, "decide says what it decided on"
     assert result is not None, "only what has ended is logged"
@@ -98,6 +98,7 @@ def line(record: Record) -> dict[str, Any]:
         "decision_id": record.id,
         "model": case.ask.model,
         "key": record.key,
+        "path": record.path,
         "policy": decision.policy,
         "sla": case.ask.sla.model_dump(mode="json", exclude_none=True),
         "pinned": case.ask.pinned_level,
@@ -106,7 +107,7 @@ def line(record: Record) -> dict[str, Any]:
         "generated_tokens": result.generated_tokens,
         "action": decision.action,
         "reason": decision.code,
-        "level": result.level,
+        "level": decision.level or decision.build,
         "predicted": None if predicted is None else predicted.numbers(case.policy.confidence),
         "measured": {n: result.costs.get(n) for n in ("ttft_ms", "tpot_ms", "latency_ms")},
         "slo_met": None if result.missed is None else not result.missed,

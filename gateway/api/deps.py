@@ -12,6 +12,7 @@ from fastapi import Depends, Request
 
 from gateway.api.auth import ANYONE, Caller
 from gateway.api.ledger import Ledger
+from gateway.api.tracing import Traces
 from gateway.config import Settings
 from gateway.errors import InvalidRequest, PressgateError
 from gateway.metrics import Metrics
@@ -36,6 +37,7 @@ class Services:
     metrics: Metrics
     shadow: Shadow | None = None
     ledger: Ledger = field(default_factory=Ledger)
+    traces: Traces | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     def background(self, work: Coroutine[Any, Any, None]) -> None:

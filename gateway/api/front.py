@@ -49,7 +49,9 @@ async def begin(
         # Set by `AuthMiddleware`; an app without it is open.
         caller = cast(Caller, scope.get("caller", ANYONE))
         policy = policy_for(scope["path"], headers, services, caller, wanted)
-        return Generation(services, wanted, policy, caller.key, arrived)
+        generation = Generation(services, wanted, policy, caller.key, arrived)
+        generation.trace(headers)
+        return generation
     except PressgateError as error:
         services.metrics.request_finished(Finished(NONE, NONE, NONE, error.status))
         raise

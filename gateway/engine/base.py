@@ -45,13 +45,14 @@ class GenerationRequest:
     """One sequence to generate. `prompt` is never empty and leaves room for `max_tokens`.
 
     `prompt_logprobs`: also score the prompt (OpenAI `echo` + `logprobs`); the scores come on the
-    first event.
+    first event. `context`: headers of the W3C trace context, for another server to go on with.
     """
 
     id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
     prompt_logprobs: bool = False
+    context: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

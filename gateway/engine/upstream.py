@@ -114,7 +114,9 @@ class UpstreamEngine:
         body = self._body(request) | {"stream": True, "stream_options": {"include_usage": True}}
         counted, finish = 0, None
         usage: dict[str, Any] = {}
-        async with self._client.stream("POST", "/v1/completions", json=body) as response:
+        async with self._client.stream(
+            "POST", "/v1/completions", json=body, headers=dict(request.context)
+        ) as response:
             if response.status_code != 200:
                 await response.aread()
                 _refuse(response, body)
@@ -136,7 +138,9 @@ class UpstreamEngine:
     async def _scored(self, request: GenerationRequest) -> AsyncGenerator[TokenEvent, None]:
         """Prompt scores come with `echo`, and all at once."""
         body = self._body(request) | {"echo": True}
-        response = await self._client.post("/v1/completions", json=body)
+        response = await self._client.post(
+            "/v1/completions", json=body, headers=dict(request.context)
+        )
         if response.status_code != 200:
             _refuse(response, body)
         try:

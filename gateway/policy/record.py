@@ -57,12 +57,18 @@ class Result:
 
 @dataclass(slots=True)
 class Record:
-    """One decision and, later, what became of it. `at`: Unix seconds; `key`: name of the API key;
-    `text`: token ids of the prompts and of the answers, only where they are to be logged."""
+    """One decision and, later, what became of it.
+
+    Attributes:
+        at: when the request came in, Unix seconds.
+        key: name of the API key.
+        text: token ids of the prompts and of the answers, only where they are to be told.
+    """
 
     id: str
     at: float
     key: str | None
+    path: str
     decision: Decision
     result: Result | None = None
     text: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] | None = None
@@ -88,6 +94,7 @@ class Codec:
             "id": record.id,
             "at": record.at,
             "key": record.key,
+            "path": record.path,
             "ask": _asks().dump_python(case.ask, mode="json", exclude_defaults=True),
             "snapshot": snapshot,
             "said": _said(case.said, case.policy.confidence),
@@ -128,6 +135,7 @@ def render(data: bytes, shared: bytes) -> dict[str, Any]:
         "id": kept["id"],
         "created": kept["at"],
         "key": kept["key"],
+        "path": kept["path"],
         "result": _result(kept["result"], kept["budget"]),
     }
     known = {"budget": kept["budget"], "objective": kept["objective"], "decision": kept["decision"]}

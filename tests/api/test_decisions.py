@@ -252,7 +252,7 @@ class Clock:
 
 def record(ledger: Ledger, clock: Clock, key: str | None = None) -> Record:
     decision = decide(Ask("m", 10, 10), Policy(name="p"), ladder(), Predictor().predict)
-    made = Record(ledger.new_id(), clock(), key, decision)
+    made = Record(ledger.new_id(), clock(), key, "", decision)
     ledger.opened(made)
     return made
 
@@ -281,7 +281,7 @@ async def test_memory_is_bounded_and_what_is_lost_is_counted(tmp_path: Path) -> 
     )
     first = record(ledger, clock)
     for index in range(MAX_PENDING + 50):
-        made = first if index == 0 else Record(ledger.new_id(), clock(), None, first.decision)
+        made = first if index == 0 else Record(ledger.new_id(), clock(), None, "", first.decision)
         made.result = RESULT
         ledger.opened(made)
         ledger.closed(made)

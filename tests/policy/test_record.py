@@ -31,7 +31,7 @@ def kept(
     """(explained at once, explained from what was kept)."""
     decision = decide(ask, policy, snapshot, (predictor or Predictor()).predict)
     told = explanation(ask, policy, decision, snapshot)
-    found = render(*Codec().encode(Record("dec-1", 5.0, "me", decision, **more)))
+    found = render(*Codec().encode(Record("dec-1", 5.0, "me", "/v1/x", decision, **more)))
     return told, found
 
 
@@ -94,7 +94,7 @@ def test_what_another_version_kept_is_told_as_far_as_it_is_true() -> None:
     import zlib
 
     decision = decide(Ask("m", 10, 10), Policy(name="p"), ladder(), Predictor().predict)
-    data, shared = Codec().encode(Record("dec-1", 5.0, None, decision))
+    data, shared = Codec().encode(Record("dec-1", 5.0, None, "", decision))
     document = json.loads(zlib.decompress(data))
     document["decision"]["level"] = "sparse24"  # which today's rules would not choose
     other = render(zlib.compress(json.dumps(document).encode()), shared)
@@ -108,10 +108,16 @@ def test_what_another_version_kept_is_told_as_far_as_it_is_true() -> None:
 
 
 def test_records_are_small_and_share_what_is_common() -> None:
-    codec, policy, snapshot, predictor = Codec(), Policy(name="p"), ladder(), Predictor()
+    codec, policy, snapshot, predict = Codec(), Policy(name="p"), ladder(), Predictor().predict
     pairs = [
         codec.encode(
-            Record("dec-1", 5.0, "me", decide(Ask("m", n, 10), policy, snapshot, predictor.predict))
+            Record(
+                "dec-1",
+                5.0,
+                "me",
+                "/v1/x",
+                decide(Ask("m", n, 10), policy, snapshot, predictor.predict),
+            )
         )
         for n in range(1, 40)
     ]
