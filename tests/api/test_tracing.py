@@ -1,4 +1,4 @@
-"""Traces: real spans, sent by the official exporter to a real receiver that decodes the protobuf."""
+"""Traces: spans sent by the official exporter to a real receiver that decodes the protobuf."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from gateway.engine.upstream import UpstreamEngine
 from tests.api.test_decisions import BODY, TEXT, client, serving, settings
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+
+GIVEN = f"00-{TRACE}-{PARENT}-01"
 
 
 class Receiver:
@@ -90,7 +92,7 @@ def test_a_request_is_one_trace_under_its_callers(tmp_path: Path, receiver: Rece
         answer = http.post(
             TEXT,
             json=BODY | {"seed": 7, "sla": {"ttft_ms": 5000}},
-            headers={"traceparent": f"00-{TRACE}-{PARENT}-01"},
+            headers={"traceparent": GIVEN},
         ).json()
     names = {span.name for span in receiver.spans}
     assert names == {
@@ -149,7 +151,7 @@ def test_the_trace_goes_on_in_an_upstream_engine(tmp_path: Path, receiver: Recei
     tracing = Tracing(otlp_endpoint=receiver.url)
     with serving(settings(tmp_path, tracing=tracing)) as inner:
         engine = UpstreamEngine(inner.url, "fake")
-        context = {"traceparent": f"00-{TRACE}-{PARENT}-01"}
+        context = {"traceparent": GIVEN}
         request = GenerationRequest("r", (1, 2), SamplingParams(max_tokens=2), context=context)
 
         async def generate() -> None:
@@ -181,9 +183,9 @@ def test_a_collector_that_is_away_harms_nobody(tmp_path: Path) -> None:
     [
         ({}, {}),
         ({"traceparent": "nonsense"}, {}),
-        ({"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "é"}, {"traceparent"}),
+        ({"traceparent": GIVEN, "tracestate": "é"}, {"traceparent"}),
         (
-            {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "a=b"},
+            {"traceparent": GIVEN, "tracestate": "a=b"},
             {"traceparent", "tracestate"},
         ),
         ({"tracestate": "a=b"}, {}),

@@ -34,7 +34,16 @@ def test_a_choice_is_explained() -> None:
         "tpot_ms": 6.0,
         "latency_ms": 627.3,
         "memory_mb": 20.2,
+        "ttft_high_ms": 33.3,
+        "tpot_high_ms": 6.0,
+        "latency_high_ms": 627.3,
+        "confidence": 0.5,
+        "output_tokens": 100.0,
     }
+    by_level = {entry["level"]: entry for entry in told["counterfactuals"]["levels"]}
+    assert set(by_level) == set(CARDS) - {"int8"}
+    (sentence, _) = by_level["bf16"]["sentences"]
+    assert sentence == "With 3 ms more per token, you would have got bf16."
     levels = {entry["level"]: entry for entry in told["levels"]}
     assert list(levels) == list(CARDS)
     assert levels["fp32"]["why"] == "time per token 20 is above 7 ms"

@@ -116,7 +116,7 @@ def test_records_are_small_and_share_what_is_common() -> None:
                 5.0,
                 "me",
                 "/v1/x",
-                decide(Ask("m", n, 10), policy, snapshot, predictor.predict),
+                decide(Ask("m", n, 10), policy, snapshot, predict),
             )
         )
         for n in range(1, 40)
