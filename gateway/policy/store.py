@@ -11,38 +11,35 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 from cache.documents import Documents
 from cache.errors import CacheError
 from gateway.errors import Conflict, InvalidRequest, Unavailable
+from gateway.policy.audience import Audience, Nobody
 from gateway.policy.canary import Plan, Split
-from gateway.policy.inherit import BrokenChain, lineage, resolve_all, resolved
+from gateway.policy.force import in_force
+from gateway.policy.inherit import BrokenChain, lineage, resolve_all
 from gateway.policy.matching import RequestFacts, Table
 from gateway.policy.parse import parse_policy, written
 from gateway.policy.policy import DEFAULT, Policy
 from gateway.policy.rollout import Rollouts
-from gateway.policy.versions import CONFIGURED, LOCAL, By, History, Kind, Version, read_history
+from gateway.policy.versions import (
+    CONFIGURED,
+    LOCAL,
+    By,
+    History,
+    Kind,
+    Version,
+    lost,
+    read_history,
+)
 
 log = logging.getLogger(__name__)
 
 NAMESPACE: Final = "policies"
 MAX_STORED: Final = 256
 T = TypeVar("T")
-
-
-class Audience(Protocol):
-    """Who is told what happens to policies here; the metrics are one."""
-
-    def policy_changed(self, policy: str, kind: str) -> None: ...
-    def canary_outcome(self, policy: str, arm: str, met: bool) -> None: ...
-    def canary_percent(self, policy: str, percent: float) -> None: ...
-
-
-class _Nobody:
-    def policy_changed(self, policy: str, kind: str) -> None: ...
-    def canary_outcome(self, policy: str, arm: str, met: bool) -> None: ...
-    def canary_percent(self, policy: str, percent: float) -> None: ...
 
 
 class PolicyStore:
@@ -66,11 +63,12 @@ class PolicyStore:
         self._configured = {policy.name: policy for policy in (DEFAULT, *configured)}
         self._documents = documents
         self._clock = clock
-        self._audience = audience or _Nobody()
+        self._audience = audience or Nobody()
         self._writing = asyncio.Lock()
         self._histories: dict[str, History] = {}
         self._stored: dict[str, Policy] = {}
         self._watching = False
+        self._keeping: set[asyncio.Task[None]] = set()
         self._table = Table({})
         self.rollouts = Rollouts(documents, self._fallback, self._audience.canary_outcome)
         self._swap()
@@ -85,7 +83,8 @@ class PolicyStore:
         await self.rollouts.load()
 
     async def close(self) -> None:
-        """Store what rollouts have counted."""
+        """Store what is not stored yet."""
+        await asyncio.gather(*self._keeping)
         await self.rollouts.close()
 
     # -- reading ----------------------------------------------------------------------------------
@@ -273,15 +272,18 @@ class PolicyStore:
             Unavailable: it cannot be stored; nothing has changed.
         """
 
+        version = (await self._update(name, change)).versions[-1]
+        self._audience.policy_changed(name, version.kind)
+        return version
+
+    async def _update(self, name: str, change: Callable[[History], History]) -> History:
         def changed(document: dict[str, Any] | None) -> dict[str, Any]:
             return change(_history_of(name, document)).stored()
 
         document = await self._persist(self._documents.update(NAMESPACE, name, changed))
         if not self._watching:
             self._changed(name, document)
-        version = _history_of(name, document).versions[-1]
-        self._audience.policy_changed(name, version.kind)
-        return version
+        return _history_of(name, document)
 
     async def _persist(self, write: Awaitable[T]) -> T:
         try:
@@ -334,9 +336,26 @@ class PolicyStore:
     # -- following --------------------------------------------------------------------------------
 
     def _changed(self, name: str, document: dict[str, Any] | None) -> None:
-        """The store says that `name` is now `document` (None: deleted)."""
+        """The store says that `name` is now `document` (None: deleted).
+
+        Two replicas that were cut off from each other may both have made versions; one history wins
+        then, and what it lacks is added to it for the record.
+        """
+        mine = self._histories.get(name)
         self._take(name, document)
         self._swap()
+        theirs = self._histories.get(name, History())
+        if mine is not None and document is not None and lost(mine, theirs):
+            task = asyncio.create_task(self._keep(name, mine))
+            self._keeping.add(task)
+            task.add_done_callback(self._keeping.discard)
+
+    async def _keep(self, name: str, mine: History) -> None:
+        try:
+            async with self._writing:
+                await self._update(name, lambda theirs: theirs.keeping(lost(mine, theirs)))
+        except Unavailable as error:
+            log.error("versions of policy %s are lost: %s", name, error.message)
 
     def _take(self, name: str, document: dict[str, Any] | None) -> None:
         try:
@@ -354,39 +373,17 @@ class PolicyStore:
             self._stored[name] = policy
 
     def _swap(self) -> None:
-        """What is unchanged stays the same object: requests under way are counted by it."""
-        active, broken = resolve_all(self.written())
-        for name, error in broken.items():
-            log.warning("policy %s inherits nothing: %s", name, error)
-        for name, policy in self._table.policies.items():
-            if active.get(name) == policy:
-                active[name] = policy
-        splits = {}
-        for name, history in self._histories.items():
-            if history.trial is not None and name in active:
-                split = self._split(active[name], history.trial)
-                if split is not None:
-                    splits[name] = (split, history.trial.version)
-        for name in self._table.splits.keys() - splits.keys():
+        before = self._table.splits
+        force = in_force(self.written(), self._histories, self._table)
+        for fault in force.faults:
+            log.warning("%s", fault)
+        self._table = force.table
+        splits = force.table.splits
+        for name in before.keys() - splits.keys():
             self._audience.canary_percent(name, 0.0)
-        for name, (split, _) in splits.items():
+        for name, split in splits.items():
             self._audience.canary_percent(name, split.plan.percent)
-        self._table = Table(active, {name: split for name, (split, _) in splits.items()})
-        self.rollouts.follow(splits)
-
-    def _split(self, stable: Policy, trial: Version) -> Split | None:
-        """Both arms; None when the candidate cannot be used here."""
-        assert trial.plan is not None, "a trial has a plan"
-        try:
-            given = parse_policy(stable.name, trial.document)
-            candidate = resolved(given, {**self.written(), stable.name: given})
-        except (InvalidRequest, BrokenChain) as error:
-            log.warning("candidate for policy %s is left out: %s", stable.name, error)
-            return None
-        before = self._table.splits.get(stable.name)
-        if before is not None and before.canary == candidate:
-            candidate = before.canary
-        return Split(stable, candidate, trial.plan, f"{stable.name} {trial.of or trial.version}")
+        self.rollouts.follow({name: (split, force.trials[name]) for name, split in splits.items()})
 
 
 def _history_of(name: str, document: dict[str, Any] | None) -> History:

@@ -2,12 +2,12 @@
 
 The history is the policy's whole state, so that one atomic write changes everything: the document
 of the last version that is no `canary` is in force (None: there is none), and a candidate is being
-tried exactly while the last version is a `canary`.
+tried exactly while the last version is a `canary`. Versions made apart count for neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
@@ -23,7 +23,10 @@ MAX_BYTES: Final = 800_000  # of one history; older versions than fit are forgot
 CONFIGURED: Final = 0  # number of the version that the configuration holds
 
 Document = dict[str, Any]
-Kind = Literal["configured", "put", "delete", "rollback", "canary", "promote", "abort", "fallback"]
+Kind = Literal[
+    "configured", "put", "delete", "rollback", "canary", "promote", "abort", "fallback", "apart"
+]  # fmt: skip
+_ASIDE: Final = ("canary", "apart")  # kinds that put nothing in force
 
 
 class By(BaseModel):
@@ -44,7 +47,9 @@ class Version(BaseModel):
     Attributes:
         at: when, UTC, as `2026-11-23T01:15:00Z`; empty when nobody wrote it down.
         kind: `put` and `delete` as asked; `rollback` to an earlier version; `canary` began or
-            widened a trial, which `promote` and `abort` end by hand and `fallback` by itself.
+            widened a trial, which `promote` and `abort` end by hand and `fallback` by itself;
+            `apart` was made by a replica that was cut off, under the number `of`, and is kept for
+            the record.
         of: the version this one refers to.
         document: the policy as it was written, without its name; None: there is none from here on.
         plan: how the candidate is tried; for `canary`.
@@ -82,7 +87,7 @@ class History(BaseModel):
     @property
     def in_force(self) -> Version | None:
         """The version whose document is in force; None before the first."""
-        settled = (version for version in reversed(self.versions) if version.kind != "canary")
+        settled = (version for version in reversed(self.versions) if version.kind not in _ASIDE)
         return next(settled, None)
 
     @property
@@ -94,7 +99,8 @@ class History(BaseModel):
     @property
     def trial(self) -> Version | None:
         """The candidate that is being tried."""
-        last = self.versions[-1] if self.versions else None
+        told = (version for version in reversed(self.versions) if version.kind != "apart")
+        last = next(told, None)
         return last if last is not None and last.kind == "canary" else None
 
     @property
@@ -146,8 +152,19 @@ class History(BaseModel):
         )
         return History(versions=_bounded((*self.versions, version)))
 
+    def keeping(self, apart: Iterable[Version]) -> History:
+        """This history with versions of a replica that was cut off, as of who made them and when,
+        under new numbers."""
+        versions = self.versions
+        for version in apart:
+            number = versions[-1].version + 1 if versions else 1
+            kept = {"version": number, "kind": "apart", "of": version.version, "plan": None}
+            versions = (*versions, version.model_copy(update=kept))
+        return History(versions=_bounded(versions))
+
     def stored(self) -> Document:
-        return self.model_dump(mode="json", exclude_defaults=True)
+        """As it is kept: complete, so that other defaults in a later release change no history."""
+        return self.model_dump(mode="json")
 
 
 def read_history(document: Mapping[str, Any]) -> History:
@@ -163,6 +180,22 @@ def read_history(document: Mapping[str, Any]) -> History:
         return History.model_validate(document)
     except ValidationError as error:
         raise ValueError(str(error)) from None
+
+
+def lost(mine: History, theirs: History) -> list[Version]:
+    """Versions of `mine` that `theirs`, which has won over it, says nothing of."""
+    by_number = {version.version: version for version in theirs.versions}
+    kept = {(v.of, v.at, v.author) for v in theirs.versions if v.kind == "apart"}
+    first = theirs.versions[0].version if theirs.versions else 0
+    return [
+        version
+        for version in mine.versions
+        if version.version >= first
+        and version.kind != "apart"
+        and by_number.get(version.version) != version
+        and (version.version in by_number or version.version > theirs.last)
+        and (version.version, version.at, version.author) not in kept
+    ]
 
 
 def utc(now: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,58 @@ async def test_garbage_in_redis_does_not_hurt(replica: Replica, redis_server: Re
     assert await one.all("policies") == {"gold": {"v": 1}}
     await one.put("policies", "gold", {"v": 2})
     assert await one.get("policies", "gold") == {"v": 2}
+
+
+def counted(by: str) -> Callable[[Doc | None], Doc]:
+    return lambda doc: {**(doc or {}), by: (doc or {}).get(by, 0) + 1}
+
+
+async def test_updates_build_on_each_other(tmp_path: Path) -> None:
+    one, two = Documents(tmp_path), Documents(tmp_path)
+    changes: list[tuple[str, Doc | None]] = []
+    await one.watch("policies", log_of(changes))
+    names = [("one", one), ("two", two)] * 10
+    await asyncio.gather(*(d.update("policies", "gold", counted(name)) for name, d in names))
+    assert await one.get("policies", "gold") == {"one": 10, "two": 10}
+    assert len(changes) == 10, "each of its own"
+    assert await one.update("policies", "gold", lambda _: None) is None
+    assert await two.get("policies", "gold") is None
+
+
+async def test_an_update_that_fails_changes_nothing(tmp_path: Path) -> None:
+    documents = Documents(tmp_path)
+    await documents.put("policies", "gold", {"v": 1})
+
+    def refuse(doc: Doc | None) -> Doc:
+        raise LookupError(doc)
+
+    with pytest.raises(LookupError):
+        await documents.update("policies", "gold", refuse)
+    with pytest.raises(CacheError, match="may be"):
+        await documents.update("policies", "gold", lambda _: {"x": "y" * 2**20})
+    with pytest.raises(CacheError, match="not a document name"):
+        await documents.update("policies", "../gold", lambda _: {})
+    assert await documents.get("policies", "gold") == {"v": 1}
+
+
+async def test_updates_of_replicas_build_on_each_other(
+    replica: Replica, redis_server: RedisServer
+) -> None:
+    homes = [replica(name) for name in ("one", "two", "three")]
+    await asyncio.gather(
+        *(home.update("policies", "gold", counted("n")) for home in homes for _ in range(12))
+    )
+    for home in homes:
+        assert await home.get("policies", "gold") == {"n": 36}
+    redis_server.kill()
+    await homes[0].update("policies", "gold", counted("n"))
+    assert await homes[0].get("policies", "gold") == {"n": 37}
+    redis_server.start()
+
+    async def healed() -> bool:
+        return all([await home.get("policies", "gold") == {"n": 37} for home in homes])
+
+    await until(healed)
 
 
 async def test_a_full_redis_leaves_the_disk(tmp_path: Path) -> None:
