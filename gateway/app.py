@@ -35,6 +35,7 @@ from gateway.errors import ConfigError, ModelError, PressgateError
 from gateway.metrics import Metrics, Tier
 from gateway.policy.admission import Admission
 from gateway.policy.predictor import Predictor
+from gateway.policy.quota import Counters, MemoryCounters, Quotas, RedisCounters
 from gateway.policy.store import PolicyStore
 from gateway.quality.shadow import Answer, Score, Shadow
 from gateway.recording import open_ledger, open_tracing
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 _SHADOW_WAIT_S = 60.0
 _RETRY_SECONDS = 30.0
+_QUOTA_SECONDS = 0.25  # longest wait for Redis to count a request
 _USAGE_SECONDS = 10.0  # how often cache sizes are read for the metrics
 
 
@@ -155,7 +157,8 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
             pool=pool,
             policies=policy_store,
             predictor=Predictor(),
-            admission=Admission(settings.limits),
+            admission=_admission(settings, metrics),
+            quotas=_quotas(settings, metrics, stack),
             metrics=metrics,
             shadow=shadow,
             ledger=ledger,
@@ -187,6 +190,28 @@ def make_app(services: Services) -> FastAPI:
     app.add_middleware(BodyLimitMiddleware, max_bytes=services.settings.limits.max_body_bytes)
     app.add_middleware(AuthMiddleware, keys=services.settings.api_keys)
     return app
+
+
+def _admission(settings: Settings, metrics: Metrics) -> Admission:
+    own = {key.name: key.max_concurrent for key in settings.api_keys if key.max_concurrent}
+    return Admission(settings.limits, watch=metrics, shares=own)
+
+
+def _quotas(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> Quotas:
+    """Counted in Redis where there is one, so that replicas share them."""
+    quotas = {key.name: key.quota for key in settings.api_keys if any(dict(key.quota).values())}
+    counters: Counters = MemoryCounters()
+    url = settings.cache.redis_url
+    if quotas and url is not None:
+        from redis.asyncio import Redis
+
+        wait_s = min(_QUOTA_SECONDS, settings.cache.redis_timeout_seconds)
+        client = Redis.from_url(
+            url.get_secret_value(), socket_timeout=wait_s, socket_connect_timeout=wait_s
+        )
+        stack.push_async_callback(client.aclose)
+        counters = RedisCounters(client)
+    return Quotas(quotas, counters, on_refusal=metrics.quota_refused)
 
 
 def _check_texts(settings: Settings) -> None:

@@ -170,12 +170,37 @@ class Tracing(_Part):
     text: bool = False
 
 
+class Floors(_Part):
+    """The tightest times that a caller may ask for, in ms: a budget that no level can keep, or one
+    that takes the whole host, costs others their answers. What is tighter is refused, or raised to
+    the floor (`clamp`). Policies may be tighter: they are the operator's own."""
+
+    ttft_ms: Annotated[float, Field(gt=0)] | None = None
+    tpot_ms: Annotated[float, Field(gt=0)] | None = None
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
+    tighter: Literal["refuse", "clamp"] = "refuse"
+
+
+class Quota(_Part):
+    """What a caller may use up. A request counts with its prompt and its `max_tokens` while it
+    runs, then with what it generated."""
+
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    requests_per_day: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_day: Annotated[int, Field(ge=1)] | None = None
+
+
 class ApiKey(_Part):
-    """A caller's key, stored as the SHA-256 hex digest of the secret."""
+    """A caller's key, stored as the SHA-256 hex digest of the secret. `max_concurrent` replaces
+    `limits.max_concurrent_per_key`."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     scopes: tuple[Literal["inference", "admin"], ...] = ("inference",)
+    floors: Floors = Floors()
+    quota: Quota = Quota()
+    max_concurrent: Annotated[int, Field(ge=1)] | None = None
 
 
 class Limits(_Part):

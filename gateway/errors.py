@@ -18,6 +18,7 @@ class PressgateError(Exception):
         param: the request field (or config key) at fault, if one is.
         retry_after: seconds after which the same call may succeed; sent as `Retry-After`.
         extra: facts added to the error body (e.g. `could_meet`); `decision_id` is a header too.
+        more_headers: response headers besides (e.g. what is left of a quota).
     """
 
     status: ClassVar[int] = 500
@@ -39,6 +40,7 @@ class PressgateError(Exception):
         self.error_code = code or self.code
         self.retry_after = retry_after
         self.extra = extra or {}
+        self.more_headers: dict[str, str] = {}
 
     def body(self) -> dict[str, Any]:
         """The OpenAI error object, ready for JSON."""
@@ -54,7 +56,7 @@ class PressgateError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Response headers that go with the error."""
-        found = {}
+        found = dict(self.more_headers)
         if self.retry_after is not None:
             found["retry-after"] = str(max(1, round(self.retry_after)))
         if "decision_id" in self.extra:

@@ -113,10 +113,28 @@ class Metrics:
         self._unrecorded = self._counter(
             "decision_records_lost", "Decisions that could not be kept or logged", ("where",)
         )
+        self._admission()
         self._live_quality()
         self._policy_changes()
         self._build_work()
         self._cache()
+
+    def _admission(self) -> None:
+        self._waiting = self._gauge(
+            "admission_queue_requests", "Requests waiting for a slot", ("priority",)
+        )
+        self._turns = self._histogram(
+            "admission_wait_seconds",
+            "Arrival to the end of waiting for a slot, by how it ended",
+            ("priority", "outcome"),
+            _QUEUE,
+        )
+        self._refusals = self._counter(
+            "refusals", "Requests refused before being served", ("reason",)
+        )
+        self._quota_refusals = self._counter(
+            "quota_refusals", "Requests beyond a quota of their API key", ("key", "limit")
+        )
 
     def _live_quality(self) -> None:
         self._shadow_requests = self._counter("shadow_requests", "Answers dense scored", _PLACE)
@@ -199,6 +217,23 @@ class Metrics:
         """Decisions not kept: in `memory` (too many at once), on `disk`, in `redis` or in the
         `log`."""
         self._at(self._unrecorded, where).inc(count)
+
+    def queue_length(self, priority: int, waiting: int) -> None:
+        """How many of a priority wait for a slot now."""
+        self._at(self._waiting, str(priority)).set(waiting)
+
+    def queue_left(self, priority: int, outcome: str, seconds: float) -> None:
+        """One no longer waits: `served`, `refused`, or `gone` with its caller."""
+        self._at(self._turns, str(priority), outcome).observe(seconds)
+
+    def refused(self, reason: str) -> None:
+        """`reason`: a decision's code, or which bound of the house was reached."""
+        self._at(self._refusals, reason).inc()
+
+    def quota_refused(self, key: str, limit: str) -> None:
+        """A quota of an API key is used up; `limit`: its field in the configuration."""
+        self._at(self._refusals, "quota").inc()
+        self._at(self._quota_refusals, key, limit).inc()
 
     def predicted(
         self,

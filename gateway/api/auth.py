@@ -15,7 +15,7 @@ from typing import Literal
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.problems import send_error
-from gateway.config import ApiKey
+from gateway.config import ApiKey, Floors
 from gateway.errors import Forbidden, PressgateError, Unauthorized
 
 ScopeName = Literal["inference", "admin"]
@@ -39,12 +39,16 @@ _WRITES = ("POST", "PUT", "DELETE", "PATCH")
 _GENERATING = ("/v1/chat/completions", "/v1/completions", "/v1/explain")
 
 
+_NO_FLOORS = Floors()
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """The key a request came with; None when the gateway is open."""
 
     key: str | None
     scopes: frozenset[str]
+    floors: Floors = _NO_FLOORS
 
 
 ANYONE = Caller(None, frozenset(("inference", "admin")))
@@ -56,7 +60,8 @@ class AuthMiddleware:
     def __init__(self, app: ASGIApp, keys: Sequence[ApiKey]) -> None:
         self._app = app
         self._keys = [
-            (key.sha256.encode(), Caller(key.name, frozenset(key.scopes))) for key in keys
+            (key.sha256.encode(), Caller(key.name, frozenset(key.scopes), key.floors))
+            for key in keys
         ]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -18,6 +18,7 @@ from gateway.errors import InvalidRequest, PressgateError
 from gateway.metrics import Metrics
 from gateway.policy.admission import Admission
 from gateway.policy.predictor import Predictor
+from gateway.policy.quota import Quotas
 from gateway.policy.store import PolicyStore
 from gateway.quality.shadow import Shadow
 from gateway.variants.pool import VariantPool
@@ -36,6 +37,7 @@ class Services:
     admission: Admission
     metrics: Metrics
     shadow: Shadow | None = None
+    quotas: Quotas = field(default_factory=Quotas)
     ledger: Ledger = field(default_factory=Ledger)
     traces: Traces | None = None
     tasks: set[asyncio.Task[None]] = field(default_factory=set)

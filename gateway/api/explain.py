@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from gateway.api.deps import CalledBy, Using
 from gateway.api.match import policy_for
-from gateway.api.prepare import prepare, read_sla
+from gateway.api.prepare import above_floors, prepare, read_sla
 from gateway.api.schemas import ChatBody, CompletionBody, body_schema, parse, read_body
 from gateway.api.turn import ask_of, make_decision
 from gateway.errors import InvalidRequest
@@ -27,7 +27,9 @@ router = APIRouter(tags=["Pressgate"])
 async def explain(request: Request, services: Using, caller: CalledBy) -> Response:
     raw = await read_body(request)
     body = parse(raw, ChatBody) if _is_chat(raw) else parse(raw, CompletionBody)
-    wanted = await prepare(body, services, read_sla(body.sla, request.headers))
+    wanted = await prepare(
+        body, services, above_floors(read_sla(body.sla, request.headers), caller.floors)
+    )
     policy = policy_for(request.url.path, request.headers, services, caller, wanted)
     ask = ask_of(wanted)
     decision, snapshot = make_decision(services, ask, policy)

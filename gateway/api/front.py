@@ -18,7 +18,7 @@ from gateway.api.auth import ANYONE, Caller
 from gateway.api.deps import Services
 from gateway.api.generate import Generation
 from gateway.api.match import policy_for
-from gateway.api.prepare import prepare, read_sla
+from gateway.api.prepare import above_floors, prepare, read_sla
 from gateway.api.problems import render
 from gateway.api.schemas import ChatBody, CompletionBody, parse, read
 from gateway.errors import PressgateError
@@ -45,9 +45,10 @@ async def begin(
     try:
         headers = _headers(scope)
         body = parse(await read(headers, receive), shape)
-        wanted = await prepare(body, services, read_sla(body.sla, headers))
         # Set by `AuthMiddleware`; an app without it is open.
         caller = cast(Caller, scope.get("caller", ANYONE))
+        sla = above_floors(read_sla(body.sla, headers), caller.floors)
+        wanted = await prepare(body, services, sla)
         policy = policy_for(scope["path"], headers, services, caller, wanted)
         generation = Generation(services, wanted, policy, caller.key, arrived)
         generation.trace(headers)

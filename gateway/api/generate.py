@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from secrets import token_hex
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.account import Account
+from gateway.api.adapting import Answer, Mover, adapting
 from gateway.api.deps import Services
 from gateway.api.merge import merged
 from gateway.api.prepare import Wanted
@@ -24,7 +25,7 @@ from gateway.api.problems import InternalError, as_pressgate
 from gateway.api.sse import DONE, ChatShape, Choice, Shape, TextShape, error_event
 from gateway.api.stream import Stream
 from gateway.api.turn import promised, remember, wish_for
-from gateway.engine.base import Engine, EngineFailed, GenerationRequest, SequenceFailed, TokenEvent
+from gateway.engine.base import EngineFailed, GenerationRequest, SequenceFailed, TokenEvent
 from gateway.errors import (
     BudgetUnmet,
     InvalidRequest,
@@ -35,6 +36,7 @@ from gateway.errors import (
 )
 from gateway.policy.decision import Decision
 from gateway.policy.policy import Policy
+from gateway.policy.quota import Taken
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ class Generation:
         shape = ChatShape if wanted.chat else TextShape
         self._shape: Shape = shape(wanted.name, wanted.sequences, wanted.include_usage)
         self._started = False
+        self._taken: Taken | None = None  # of the key's quota
 
     def trace(self, headers: Mapping[str, str]) -> None:
         """Go on with the trace that the request's headers name, or begin one."""
@@ -129,6 +132,8 @@ class Generation:
             account.code = 499
         except Exception as error:
             known = as_pressgate(error, prompt="messages" if self._wanted.chat else "prompt")
+            if self._taken is not None:
+                known.more_headers.update(self._taken.headers)
             account.failed(known)
             self._log(error, known)
             if not self._started:
@@ -146,6 +151,24 @@ class Generation:
             log.warning("%s: %s: %s", what, type(error).__name__, error)
 
     async def _serve(self, send: Send) -> None:
+        wanted = self._wanted
+        most = wanted.prompt_tokens + wanted.sequences * wanted.sampling.max_tokens
+        self._taken = await self._services.quotas.take(self._key, most)
+        try:
+            await self._served(send)
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Give back the tokens that were taken from the key's quota and not used; all of them when
+        nothing was generated."""
+        if self._taken is None:
+            return
+        generated = sum(choice.tokens for choice in self._account.choices)
+        used = self._wanted.prompt_tokens + generated if generated else 0
+        self._services.background(self._services.quotas.settle(self._taken, used))
+
+    async def _served(self, send: Send) -> None:
         services, wanted = self._services, self._wanted
         wish = wish_for(services, wanted, self._policy, self._key, self._arrived)
         services.admission.house(wanted.model).recent.came(self._policy.name, self._arrived)
@@ -156,15 +179,26 @@ class Generation:
             wait_s = await self._decided(decision)
             level = decision.level or decision.build
             assert level is not None, "a decision to serve names a level"
-            async with services.pool.lease(wanted.model, level, wait_s=wait_s) as engine:
+            async with (
+                services.pool.lease(wanted.model, level, wait_s=wait_s) as engine,
+                AsyncExitStack() as stack,
+            ):
                 self._account.leased()
-                choices = self._choices()
+                choices, requests = self._choices(), self._requests()
                 self._account.choices = choices
+                events = merged(engine, requests)
+                if self._policy.adaptive and wanted.pinned is None:
+                    asked = (services, wanted, self._policy, wish, decision)
+                    mover = Mover(Answer(*asked, requests, choices), level, engine, stack)
+                    self._account.ranges = mover.ranges
+                    events = adapting(events, mover)
                 with promised(services, wanted, decision, self._arrived, choices):
-                    await self._answer(send, engine, choices)
+                    await self._answer(send, events, choices)
 
-    async def _answer(self, send: Send, engine: Engine, choices: list[Choice]) -> None:
-        async with aclosing(merged(engine, self._requests())) as events:
+    async def _answer(
+        self, send: Send, going: AsyncGenerator[tuple[int, TokenEvent]], choices: list[Choice]
+    ) -> None:
+        async with aclosing(going) as events:
             if self._wanted.stream:
                 await self._stream(send, choices, events)
             else:
@@ -236,7 +270,7 @@ class Generation:
         headers = [
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
-            *self._account.headers(),
+            *self._headers(),
         ]
         self._started = True
         await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -259,8 +293,13 @@ class Generation:
 
     async def _start(self, send: Send) -> None:
         self._started = True
-        headers = [*_STREAM_HEADERS, *self._account.headers()]
+        headers = [*_STREAM_HEADERS, *self._headers()]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
+
+    def _headers(self) -> list[tuple[bytes, bytes]]:
+        left = {} if self._taken is None else self._taken.headers
+        told = [(name.encode(), value.encode()) for name, value in left.items()]
+        return [*self._account.headers(), *told]
 
     @staticmethod
     async def _send_last(send: Send, data: bytes) -> None:

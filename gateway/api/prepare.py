@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from gateway.api.deps import Services
 from gateway.api.problems import invalid
 from gateway.api.schemas import ChatBody, CompletionBody, Generate, Prompt
-from gateway.config import Limits
+from gateway.config import Floors, Limits
 from gateway.engine.base import SamplingParams, TextCodec
-from gateway.errors import InvalidRequest
+from gateway.errors import Forbidden, InvalidRequest
 from gateway.policy.budget import Budget, Sla
 
 # Characters (or token ids) of all prompts together; less is tokenised in about the time that a
@@ -145,6 +145,27 @@ def read_sla(body: Sla | None, headers: Mapping[str, str]) -> Sla:
         objective=body.objective,
         on_miss=body.on_miss,
     )
+
+
+def above_floors(sla: Sla, floors: Floors) -> Sla:
+    """`sla` as far as the caller's key may ask for it.
+
+    Raises:
+        Forbidden: a time is tighter than the key's floor, naming both.
+    """
+    raised: dict[str, float] = {}
+    for name in _HEADERS.values():
+        asked, floor = getattr(sla, name), getattr(floors, name)
+        if asked is None or floor is None or asked >= floor:
+            continue
+        if floors.tighter == "refuse":
+            raise Forbidden(
+                f"sla.{name}: this API key may ask for {floor:g} ms or more, not {asked:g}",
+                param=f"sla.{name}",
+                code="budget_too_tight",
+            )
+        raised[name] = floor
+    return sla.model_copy(update=raised) if raised else sla
 
 
 def split_model(name: str) -> tuple[str, str | None]:
