@@ -69,14 +69,15 @@ def build_skeleton(
     from transformers import AutoModelForCausalLM
 
     parsed = parse_config(config)
-    parsed.dtype = dtype if dtype is not None else (parsed.dtype or torch.float32)
+    wanted = dtype if dtype is not None else (parsed.dtype or torch.float32)
     owner = threading.get_ident()
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> Any:
         # The hook is global: leave other threads' modules alone, and tied parameters tied.
         if parameter is None or parameter.is_meta or threading.get_ident() != owner:
             return None
-        empty = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        kind = wanted if parameter.dtype is torch.float32 else parameter.dtype
+        empty = nn.Parameter(parameter.to("meta", kind), requires_grad=False)
         # Drawing weights for the meta device takes longer than all the rest and imports dynamo.
         empty._is_hf_initialized = True  # type: ignore[attr-defined]
         return empty
@@ -84,8 +85,10 @@ def build_skeleton(
     register = nn.modules.module.register_module_parameter_registration_hook
     handle = register(to_meta)
     try:
+        # Of another dtype transformers would make the default of the whole process meanwhile, and
+        # tensors that other threads make beside would have it.
         model: nn.Module = AutoModelForCausalLM.from_config(
-            parsed, attn_implementation=attn_implementation, dtype=parsed.dtype
+            parsed, attn_implementation=attn_implementation, dtype=torch.float32
         )
     except Exception as error:  # so do model classes, on a config they did not expect
         raise CheckpointError(
@@ -93,6 +96,9 @@ def build_skeleton(
         ) from error
     finally:
         handle.remove()
+    for part in (parsed, *(getattr(parsed, name) for name in parsed.sub_configs)):
+        if part is not None:
+            part.dtype = wanted
     unfuse(model)
     return model.eval().requires_grad_(False)
 

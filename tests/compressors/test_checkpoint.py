@@ -74,6 +74,23 @@ def test_building_a_skeleton_leaves_other_modules_alone() -> None:
     assert not nn.Linear(2, 2).weight.is_meta
 
 
+@pytest.mark.parametrize("arch", CONFIGS)
+def test_a_skeleton_of_another_dtype_leaves_the_default_alone(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Code beside it makes tensors while it is built, whose dtype must not change."""
+    set_to: list[torch.dtype] = []
+    monkeypatch.setattr(torch, "set_default_dtype", set_to.append)
+    config = {"model_type": arch, **CONFIGS[arch]}
+    model = build_skeleton(config, dtype=torch.bfloat16)
+    assert set(set_to) <= {torch.float32}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config.dtype is torch.bfloat16
+    exact = dict(build_skeleton(config, dtype=torch.float32).named_buffers())
+    for name, buffer in model.named_buffers():  # rotary frequencies, masks, scales
+        assert torch.equal(buffer, exact[name])
+
+
 def test_tied_weights_stay_tied_and_are_named_once(make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = Checkpoint(make_checkpoint("qwen2"))
     model = fill(checkpoint)
