@@ -1,14 +1,19 @@
-"""`pressgate explain`: what a running gateway would do with a request, level by level."""
+"""`pressgate explain`: what a running gateway would do with a request, or did with one, level by
+level.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import orjson
 import typer
 from rich.table import Table
 
+from cache.stamps import stamped_at
+from gateway.api.ledger import PREFIX
 from gateway.commands.http import call, gateway_answers
 from gateway.commands.options import DEFAULT_URL, AsJson, Key, Url
 from gateway.commands.tables import wide_console
@@ -18,7 +23,9 @@ _Ms = Annotated[float | None, typer.Option(help="Milliseconds.")]
 
 
 def explain(
-    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    prompt: Annotated[
+        str, typer.Argument(help="The prompt, or the id of a decision (dec-…) taken before.")
+    ],
     url: Url = DEFAULT_URL,
     api_key: Key = None,
     model: Annotated[str | None, typer.Option(help="MODEL or MODEL@LEVEL.")] = None,
@@ -36,7 +43,11 @@ def explain(
     on_miss: Annotated[str | None, typer.Option(help="wait, nearest or reject.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which level a request would get and why every other would not serve it better."""
+    """Show which level a request would get (or got), why every other would not serve it better, and
+    which budget would have got it."""
+    if stamped_at(PREFIX, prompt) is not None:
+        _show(call("GET", url, f"/v1/decisions/{prompt}", api_key), url, as_json=as_json)
+        return
     sla = {
         "policy": policy,
         "ttft_ms": ttft_ms,
@@ -61,14 +72,53 @@ def explain(
         "max_tokens": max_tokens,
         "sla": {name: value for name, value in sla.items() if value is not None},
     }
-    answer = call("POST", url, "/v1/explain", api_key, body)
+    _show(call("POST", url, "/v1/explain", api_key, body), url, as_json=as_json)
+
+
+def _show(answer: Any, url: str, *, as_json: bool) -> None:
     if as_json:
         typer.echo(orjson.dumps(answer, option=orjson.OPT_INDENT_2))
         return
     with gateway_answers(url):
-        table, reason = _table(answer), answer["decision"]["reason"]
-    wide_console().print(table)
-    wide_console().print(reason, highlight=False)
+        table = _table(answer) if answer["levels"] is not None else None
+        lines = [answer["decision"]["reason"], *_became(answer), *_otherwise(answer)]
+    if table is not None:
+        wide_console().print(table)
+    for line in lines:
+        wide_console().print(line, highlight=False, markup=False)
+
+
+def _became(answer: dict[str, Any]) -> Iterator[str]:
+    """What was measured, and which promises were kept."""
+    result = answer.get("result")
+    if result is None:
+        return
+    measured = result["measured"]
+    if measured["ttft_ms"] is not None:
+        pace = "" if measured["tpot_ms"] is None else f", then {measured['tpot_ms']:.3g} ms a token"
+        yield (
+            f"Measured: first token {measured['ttft_ms']:.4g} ms{pace}; "
+            f"{result['generated_tokens']} tokens in {measured['latency_ms']:.4g} ms."
+        )
+    if result["code"] != 200:
+        yield f"It ended with status {result['code']}."
+    for name, promise in (result["promises"] or {}).items():
+        word = "kept" if promise["kept"] else "broken"
+        value = "unknown" if promise["measured"] is None else f"{promise['measured']:.6g}"
+        yield f"{name} {promise['bound']:.6g}: {word} ({value})."
+
+
+def _otherwise(answer: dict[str, Any]) -> Iterator[str]:
+    """What another budget would have got."""
+    found = answer["counterfactuals"]
+    if found is None:
+        return
+    if found["unpinned"] is not None:
+        yield found["unpinned"]["sentence"]
+    for one in found["levels"]:
+        yield from one["sentences"]
+    for one in found["tighter"]:
+        yield one["sentence"]
 
 
 def _table(answer: dict[str, Any]) -> Table:

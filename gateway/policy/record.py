@@ -126,8 +126,9 @@ class Codec:
 def render(data: bytes, shared: bytes) -> dict[str, Any]:
     """A kept record as JSON: `explanation`, its id, and what became of it.
 
-    Verdicts and counterfactuals are left out (None) when the inputs no longer lead to the decision
-    that was taken, because it was another version of Pressgate that took it.
+    Counterfactuals are left out (None) when it was the queue that refused what would have been
+    served: no budget tells how long that is. Verdicts are left out too when the inputs no longer
+    lead to the decision that was taken, because it was another version of Pressgate that took it.
     """
     kept = orjson.loads(zlib.decompress(data))
     common = json.loads(zlib.decompress(shared))
@@ -147,7 +148,9 @@ def render(data: bytes, shared: bytes) -> dict[str, Any]:
         return head | {"object": "decision", "levels": None, "counterfactuals": None} | known
     told = explanation(ask, policy, again, snapshot)
     if any(told["decision"][name] != known["decision"][name] for name in ("action", "level")):
-        told["levels"] = told["counterfactuals"] = None
+        told["counterfactuals"] = None
+        if known["decision"]["code"] != "busy":
+            told["levels"] = None
     return head | told | known
 
 

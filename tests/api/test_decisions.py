@@ -4,6 +4,7 @@ another replica; and the decision log.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import time
@@ -15,11 +16,13 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from typer.testing import CliRunner
 
 from cache.journal import Journal
 from cache.stamps import new_stamp
 from gateway.api.ledger import MAX_PENDING, MAX_RECENT, Ledger
 from gateway.app import make_app, open_gateway
+from gateway.cli import app
 from gateway.config import ApiKey, Cache, Decisions, FakeModel, Model, Settings
 from gateway.errors import ConfigError
 from gateway.policy.decide import decide
@@ -27,6 +30,7 @@ from gateway.policy.decision import Ask
 from gateway.policy.policy import Policy
 from gateway.policy.predictor import Predictor
 from gateway.policy.record import Record, Result
+from gateway.policy.trace import read_trace
 from tests.policy.ladders import ladder
 from tests.support.live import LiveServer
 from tests.support.redis_server import RedisServer
@@ -50,9 +54,7 @@ def serving(options: Settings) -> LiveServer:
     @asynccontextmanager
     async def opened() -> AsyncIterator[FastAPI]:
         async with open_gateway(options) as services:
-            while not services.pool.ready:
-                import asyncio
-
+            while not services.pool.ready:  # noqa: ASYNC110 - the pool has no event for it
                 await asyncio.sleep(0.005)
             yield make_app(services)
 
@@ -293,3 +295,41 @@ async def test_memory_is_bounded_and_what_is_lost_is_counted(tmp_path: Path) -> 
     assert told is not None, "forgotten in memory, found on disk"
     assert told["result"]["code"] == 200
     await ledger.close()
+
+
+# -- the command line ---------------------------------------------------------------------------
+
+
+def test_the_command_tells_of_a_decision_by_its_id(server: LiveServer) -> None:
+    with client(server) as http:
+        body = BODY | {"sla": {"ttft_ms": 5000, "tpot_ms": 0.001}}
+        name = http.post(TEXT, json=body).json()["compression"]["decision_id"]
+        told = finished(http, name)
+
+    def run(*words: str) -> str:
+        done = CliRunner().invoke(app, ["explain", *words, "--url", server.url])
+        assert done.exit_code == 0, done.output
+        return " ".join(done.output.split())
+
+    shown = run(name)
+    assert told["decision"]["reason"] in shown
+    assert "ttft_ms 5000: kept" in shown
+    assert "tpot_ms 0.001: broken" in shown
+    assert "bf16" in shown
+    assert json.loads(run(name, "--json")) == told
+    before = run("top secret words", "--memory-mb", "1e6")
+    assert "Measured" not in before
+    assert "would have" in before
+
+
+def test_a_log_can_be_replayed(tmp_path: Path) -> None:
+    log = tmp_path / "decisions.jsonl"
+    options = settings(tmp_path, decisions=Decisions(log=log))
+    with serving(options) as live, client(live) as http:
+        http.post(TEXT, json=BODY | {"sla": {"ttft_ms": 5000}})
+        http.post(TEXT, json=BODY | {"sla": {"tpot_ms": 0.001, "on_miss": "reject"}})
+    served, refused = read_trace(log)
+    assert (served.output_tokens, served.max_tokens, served.level) == (4, 4, "bf16")
+    assert served.sla.ttft_ms == 5000
+    assert served.path == TEXT
+    assert refused.level is None

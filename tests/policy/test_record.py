@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from gateway.policy.explain import explanation
 from gateway.policy.policy import Policy
 from gateway.policy.predictor import Predictor
 from gateway.policy.record import Codec, Record, Result, render
+from gateway.policy.service import crowded
 from gateway.variants.variant import LadderSnapshot, State
 from tests.policy.ladders import busy, card, ladder, with_level
 from tests.policy.test_decide_properties import ladders, policies, slas
@@ -91,8 +93,6 @@ def test_cards_that_are_not_finite_survive() -> None:
 
 
 def test_what_another_version_kept_is_told_as_far_as_it_is_true() -> None:
-    import zlib
-
     decision = decide(Ask("m", 10, 10), Policy(name="p"), ladder(), Predictor().predict)
     data, shared = Codec().encode(Record("dec-1", 5.0, None, "", decision))
     document = json.loads(zlib.decompress(data))
@@ -105,6 +105,16 @@ def test_what_another_version_kept_is_told_as_far_as_it_is_true() -> None:
     unknown = render(zlib.compress(json.dumps(document).encode()), shared)
     assert unknown["decision"]["level"] == "sparse24"
     assert unknown["levels"] is None
+
+
+def test_what_the_queue_refused_keeps_its_verdicts() -> None:
+    decision = decide(Ask("m", 10, 10), Policy(name="p"), ladder(), Predictor().predict)
+    refused = crowded(decision, 3.0)
+    found = render(*Codec().encode(Record("dec-1", 5.0, None, "", refused)))
+    assert found["decision"]["action"] == "reject"
+    assert found["decision"]["retry_after_s"] == 3.0
+    assert len(found["levels"]) == len(ladder().levels)
+    assert found["counterfactuals"] is None
 
 
 def test_records_are_small_and_share_what_is_common() -> None:
