@@ -91,6 +91,11 @@ class Metrics:
         self._decisions = self._counter(
             "decisions", "Decisions by action and reason", (*_SERVED, "action", "reason")
         )
+        self._moves = self._counter(
+            "level_changes",
+            "Running answers that went on at another level",
+            ("model", "level", "to"),
+        )
         self._decision_time = self._histogram(
             "decision_seconds", "Looking at the ladder and deciding", ("model",), _DECISION
         )
@@ -208,6 +213,10 @@ class Metrics:
     ) -> None:
         """`reason` must be a short code from a closed set, not a sentence."""
         self._at(self._decisions, model, level or NONE, policy, action, reason).inc()
+
+    def moved(self, model: str, level: str, to: str) -> None:
+        """A running answer went on at another level."""
+        self._at(self._moves, model, level, to).inc()
 
     def decision_took(self, model: str, seconds: float) -> None:
         """What one decision cost, the look at the ladder included."""

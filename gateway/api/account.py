@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from gateway.api.deps import Services
@@ -85,6 +85,7 @@ class Account:
         self._context: Mapping[str, str] = {}
         self.decision_id = services.ledger.new_id()
         self.choices: Sequence[Choice] = ()
+        self.ranges: Sequence[Sequence[tuple[str, int]]] = ()  # levels of sequences that may move
         self.code = 500
 
     def trace(self, headers: Mapping[str, str]) -> None:
@@ -158,7 +159,26 @@ class Account:
             "predicted": _numbers(decision, self._policy),
             "measured": measured.numbers(),
             "slo_met": not self._missed(measured),
+            **self._told_ranges(),
         }
+
+    def _told_ranges(self) -> dict[str, Any]:
+        """Which tokens each level computed, of every sequence, where the policy lets them move;
+        `to` is the first token that is not its own."""
+        told = []
+        for choice, ranges in zip(self.choices, self.ranges, strict=False):
+            ends = [begin for _, begin in ranges[1:]] + [choice.tokens]
+            told.append(
+                [
+                    {"level": level, "from": begin, "to": max(begin, end)}
+                    for (level, begin), end in zip(ranges, ends, strict=True)
+                ]
+            )
+        return {"levels": told[0] if len(told) == 1 else told} if told else {}
+
+    @property
+    def _moved(self) -> bool:
+        return any(len(ranges) > 1 for ranges in self.ranges)
 
     def close(self) -> None:
         """Count the request and teach the predictor. A refusal misses the SLO, a hang-up not."""
@@ -226,7 +246,11 @@ class Account:
     def _shadow(self) -> None:
         """Offer the first answer for scoring, unless dense made it itself."""
         shadow, wanted = self._services.shadow, self._wanted
-        if shadow is None or self.level == self._services.pool.default_level(wanted.model):
+        if (
+            shadow is None
+            or self._moved
+            or self.level == self._services.pool.default_level(wanted.model)
+        ):
             return
         tokens = tuple(self.choices[0].ids)
         shadow.offer(Answer(wanted.model, self.level, wanted.prompts[0], tokens))
@@ -237,6 +261,8 @@ class Account:
             return
         model, predicted = self._wanted.model, decision.predicted
         measured = self._since_decided(measured, decision)
+        if self._moved:  # only the first token is all the level's own work
+            measured = replace(measured, tpot_ms=None)
         pairs: dict[Literal["ttft", "tpot"], tuple[float, float | None]] = {
             "ttft": (predicted.ttft_ms, measured.ttft_ms),
             "tpot": (predicted.tpot_ms, measured.tpot_ms),
@@ -248,7 +274,7 @@ class Account:
             ttft_ms=measured.ttft_ms,
             tpot_ms=measured.tpot_ms,
             latency_ms=measured.latency_ms,
-            tokens=max(choice.tokens for choice in self.choices),
+            tokens=None if self._moved else max(choice.tokens for choice in self.choices),
         )
         if self.code != _HUNG_UP:
             for choice in self.choices:
@@ -293,19 +319,26 @@ class Account:
         return self._broken
 
     def _costs(self, measured: Measured) -> Costs:
-        """Times are measured; the quality is the level's card's; memory is the predicted footprint
-        (weights and KV are allocated as computed)."""
+        """Times are measured; the quality is that of the worst level it was computed by, from its
+        card; memory is the predicted footprint of the largest (weights and KV are allocated as
+        computed)."""
         decision, snapshot = self._decision, self._snapshot
         assert decision is not None
         assert snapshot is not None
-        card = _card(snapshot, self.level)
+        levels = {level for ranges in self.ranges for level, _ in ranges} | {self.level}
+        cards = [card for level in levels if (card := _card(snapshot, level)) is not None]
+        memory = decision.predicted.memory_mb if decision.predicted else None
+        if self._moved and decision.case is not None and memory is not None:
+            rows, said = decision.case.columns.index, decision.case.said
+            moved = [said.memory_mb.item(rows[level]) for level in levels if level in rows]
+            memory = max(memory, *moved)
         return Costs(
             ttft_ms=measured.ttft_ms,
             tpot_ms=measured.tpot_ms,
             latency_ms=measured.latency_ms,
-            memory_mb=decision.predicted.memory_mb if decision.predicted else None,
-            max_ppl_ratio=card.perplexity_ratio if card else None,
-            min_agreement=card.top1_agreement if card else None,
+            memory_mb=memory,
+            max_ppl_ratio=max((card.perplexity_ratio for card in cards), default=None),
+            min_agreement=min((card.top1_agreement for card in cards), default=None),
         )
 
 

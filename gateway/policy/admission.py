@@ -91,12 +91,24 @@ class Admission:
         """Decide, wait for a slot if there is none, decide again; the slot is held while the block
         runs. A decision to reject, or to wait for a build, holds none."""
         decision = await self._seat(wish)
-        level, began = decision.level, self._clock()
+        began = self._clock()
+        wish.holds = {} if decision.level is None else {decision.level: wish.sequences}
         try:
             yield decision
         finally:
-            if level is not None:
-                self._release(wish, level, self._clock() - began)
+            for level, sequences in wish.holds.items():
+                self._release(wish.model, level, sequences, self._clock() - began)
+
+    def shift(self, wish: Wish, origin: str, target: str, sequences: int) -> None:
+        """Sequences that are being served go on at another level; so do their slots, if any."""
+        if wish.holds.get(origin, 0) < sequences:
+            return
+        self.house(wish.model).take(target, sequences)
+        wish.holds[target] = wish.holds.get(target, 0) + sequences
+        wish.holds[origin] -= sequences
+        if not wish.holds[origin]:
+            del wish.holds[origin]
+        self._release(wish.model, origin, sequences, None)
 
     async def _seat(self, wish: Wish) -> Decision:
         house, now = self.house(wish.model), self._clock()
@@ -170,13 +182,13 @@ class Admission:
         self._watch.queue_left(wish.priority, outcome, self._clock() - wish.arrived)
         granted = outcome == "gone" and future.done() and not future.cancelled()
         if granted and future.exception() is None and (level := future.result().level) is not None:
-            self._release(wish, level, None)
+            self._release(wish.model, level, wish.sequences, None)
 
-    def _release(self, wish: Wish, level: str, seconds: float | None) -> None:
-        house = self.house(wish.model)
-        house.give_back(level, wish.sequences, seconds)
+    def _release(self, model: str, level: str, sequences: int, seconds: float | None) -> None:
+        house = self.house(model)
+        house.give_back(level, sequences, seconds)
         if len(house.queue):
-            self._pump(wish.model)
+            self._pump(model)
 
     # -- the queue --------------------------------------------------------------------------------
 

@@ -63,6 +63,7 @@ class Wish:
         decide: decides on the ladder as it is.
         deadline: when the first token, or the whole answer, has to be there; inf: whenever.
         patient: it may wait although no promise can be made to it.
+        holds: slots it has while it is served, by level.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Wish:
     decide: Callable[[Look], Decision]
     deadline: float = math.inf
     patient: bool = False
+    holds: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)

@@ -54,6 +54,7 @@ class Policy(Budget):
     expected_requests: Annotated[int, Field(ge=0, le=10**9)] = 100  # traffic a build must pay for
     # Share of answers that must keep a promised time: bounds on times are judged by that quantile.
     confidence: Annotated[float, Field(ge=0.5, le=0.99)] = 0.9
+    adaptive: bool = False  # may a running answer change its level?
     priority: Annotated[int, Field(ge=0, le=9)] = 5  # who goes first when there is a queue; 9 does
 
     @property
