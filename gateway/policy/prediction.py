@@ -9,6 +9,7 @@ from typing import overload
 
 import numpy as np
 
+from gateway.policy.causes import FirstToken, Token
 from gateway.policy.columns import Columns, Floats
 from gateway.policy.lengths import Length
 from gateway.policy.quantile import KINDS, MarginColumns, Margins
@@ -21,7 +22,8 @@ class Prediction:
     These are means; `high` gives upper quantiles. `latency_ms` is for as many tokens as are
     expected (`length`; of all `max_tokens` where nothing is known). `load_ms` is the part of
     `ttft_ms` (and so of `latency_ms`) spent loading or building the level; `*_factor` are the
-    learned corrections already applied to the rest.
+    level's own learned corrections, already applied to the rest; `causes` is what the rest was made
+    of, to learn from.
     """
 
     ttft_ms: float
@@ -33,6 +35,7 @@ class Prediction:
     tpot_factor: float = 1.0
     length: Length = field(default_factory=lambda: Length.certain(1))
     margins: Margins = field(default_factory=Margins)
+    causes: tuple[FirstToken, Token] | None = field(default=None, repr=False, compare=False)
 
     def high(self, confidence: float) -> Prediction:
         """The times that a share `confidence` of answers keeps; what is loaded or built before them
@@ -113,6 +116,7 @@ class Predictions(Sequence[Prediction]):
         cold: some `load_ms` is not 0.
         length: of the answer; the same at every level.
         margins: what `high` adds.
+        causes: of one level, what its times were made of.
     """
 
     columns: Columns
@@ -129,6 +133,7 @@ class Predictions(Sequence[Prediction]):
     cold: bool
     length: Length
     margins: MarginColumns
+    causes: Callable[[int], tuple[FirstToken, Token]] | None = None
 
     def high(self, confidence: float) -> Predictions:
         """`Prediction.high` of every level."""
@@ -176,6 +181,7 @@ class Predictions(Sequence[Prediction]):
             tpot_factor=self.tpot_factor.item(row),
             length=self.length,
             margins=self.margins.rows[row],
+            causes=self.causes(row) if self.causes is not None else None,
         )
 
 

@@ -1,30 +1,47 @@
 """The present of one ladder as arrays: what its engines do, patched from request to request.
 
-Keeps what `predictor` needs of the levels and their learned tracks; decides and learns nothing. A
-snapshot shares most `LevelFacts` with the one before it, so only rows that are other objects are
-read again. Arrays that were handed out are replaced, never written to.
+Keeps what `predictor` needs of the levels and their learned tracks, and puts the causes of
+`causes` together for all levels at once; decides and learns nothing. A snapshot shares most
+`LevelFacts` with the one before it, so only rows that are other objects are read again. What was
+handed out is replaced, never written to.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import compress, count
 from operator import is_not
-from typing import Final, Protocol
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from gateway.policy.causes import (
+    CHUNK_TOKENS,
+    NOBODY,
+    SLOTS,
+    Arrivals,
+    Beside,
+    Busy,
+    FirstToken,
+    Host,
+    Token,
+)
 from gateway.policy.columns import Columns, Floats, floats
 from gateway.policy.lengths import Length
 from gateway.policy.prediction import Predictions
 from gateway.policy.quantile import MarginColumns, Margins
 from gateway.variants.variant import LadderSnapshot, LevelFacts, State
 
-CHUNK_TOKENS: Final = 256  # prompt tokens between two turns of other work on the same cores
 MAX_MS: Final = 3.6e9  # keeps absurd inputs finite
 _STEPS: Final = 256  # batch sizes whose step times are kept per ladder
+_LEAST_SLOPE_MS: Final = 0.01  # what a further sequence adds to a step at least
+
+NOTHING: Final[Mapping[int, Any]] = MappingProxyType({})
+
+Weights = tuple[float, ...]
+_Ms = TypeVar("_Ms", float, Floats)
 
 
 class Track(Protocol):
@@ -42,7 +59,7 @@ class Track(Protocol):
         ...
 
     def factors(self) -> tuple[float, float]:
-        """The learned corrections of time to first token and time per token."""
+        """The level's own corrections of time to first token and time per token."""
         ...
 
     def margins(self) -> Margins:
@@ -50,32 +67,35 @@ class Track(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Busy:
-    """A level with work. `full`: (sequences that must end first, mean tokens each has left,
-    sequences running) when all its slots are taken."""
+class Size(NamedTuple):
+    """One request."""
 
-    running: int
-    step_ms: float
     prompt_tokens: int
-    prompt_ms: float
-    full: tuple[int, float, int] | None
+    max_tokens: int
+    length: Length
 
 
-@dataclass(slots=True, eq=False)
-class _Load:
-    """Work of the whole host at one moment. `own_ms`: a step of each level with one sequence more;
-    `decoding_ms`: a step as it is; `queued`: its prompt tokens not yet prefilled."""
+class Learned(NamedTuple):
+    """What the levels of a host have in common: weights of the causes, and what comes in."""
 
-    own_ms: Floats
-    decoding_ms: Floats
-    queued: Floats
-    busy: Sequence[tuple[int, _Busy]] = ()
-    step_ms: float = 0.0  # one decode step of every level of this ladder that decodes
-    prompt_ms: float = 0.0  # prompts of this ladder not yet prefilled
-    prompt_tokens: int = 0
-    other_running: int = 0  # sequences of other models
+    ttft: Weights
+    tpot: Weights
+    arrivals: Arrivals
+
+
+class _Now(NamedTuple):
+    """The load that one answer of `tokens` meets. `beside`: of the levels with work, what runs
+    beside it; `others`, `other_prompt_tokens`: sequences and prompts of other models; `pressure`:
+    see `Arrivals`."""
+
+    tokens: float
+    host: Host = NOBODY
+    busy: Mapping[int, Busy] = NOTHING
+    beside: Mapping[int, Beside] = NOTHING
+    others: int = 0
     other_prompt_tokens: int = 0
+    building: int = 0
+    pressure: float = 0.0
 
 
 class Present:
@@ -90,17 +110,19 @@ class Present:
         cold = (f.state is not State.READY for f in levels)
         self._load_ms = floats(t.load_ms * c for t, c in zip(tracks, cold, strict=True))
         self._build_ms = np.where(self.columns.unbuilt, self._load_ms, 0.0)
-        self._idle = self._steps_of(1)
-        self._zeros = np.zeros(len(levels))
-        self._own, self._decoding, self._queued = self._idle, self._zeros, self._zeros
+        self._cold = bool(self._load_ms.any())
         self._idle_bytes = 0.0
-        self._steps: dict[int, Floats] = {1: self._idle}
-        self._busy: dict[int, _Busy] = {}
+        self._alone = self._steps_of(1)
+        self._steps: dict[int, Floats] = {1: self._alone}
+        self._alone_ms: list[float] = self._alone.tolist()
+        self._prefill_ms: list[float] = self._prefill.tolist()
+        self._busy: dict[int, Busy] = {}  # by row, in the ladder's order
+        self._batches: dict[int, Sequence[float]] = {}
+        self._slope_ms, self._room_ms = self._capacity()
         self._ttft_factor, self._tpot_factor = (
             np.array([t.factors()[which] for t in tracks], dtype=np.float64) for which in (0, 1)
         )
         self._margins = MarginColumns([track.margins() for track in tracks])
-        self._cold = bool(self._load_ms.any())
         self._patch(range(len(levels)))
 
     def follow(self, levels: tuple[LevelFacts, ...]) -> bool:
@@ -122,59 +144,49 @@ class Present:
             return
         self._ttft_factor, self._tpot_factor = self._ttft_factor.copy(), self._tpot_factor.copy()
         self._ttft_factor[row], self._tpot_factor[row] = self._tracks[row].factors()
-        margins = list(self._margins.rows)
-        margins[row] = self._tracks[row].margins()
-        self._margins = MarginColumns(margins)
+        self._margins = self._margins.replaced(row, self._tracks[row].margins())
 
-    def predict(
-        self, prompt_tokens: int, max_tokens: int, snapshot: LadderSnapshot, length: Length
-    ) -> Predictions:
+    def predict(self, size: Size, snapshot: LadderSnapshot, learned: Learned) -> Predictions:
         """What a request costs at every level beside all that runs; see `Predictor.predict`."""
-        size, load = (prompt_tokens, max_tokens, length), self._load(snapshot)
-        return self._predictions(size, load, self.columns, self._idle_bytes)
+        now = self._now(max(1.0, size.length.expected - 1.0), snapshot, learned.arrivals)
+        return self._predictions(size, now, learned, self.columns, self._idle_bytes)
 
     # -- following --------------------------------------------------------------------------------
 
     def _patch(self, rows: Sequence[int]) -> None:
-        own, decoding, queued = self._own.copy(), self._decoding.copy(), self._queued.copy()
+        known = self._busy.copy()
         for row in rows:
-            facts, track = self._levels[row], self._tracks[row]
-            stats = facts.stats
-            if not (stats.running or stats.waiting or stats.waiting_prompt_tokens):
-                if self._busy.pop(row, None) is not None:
-                    own[row], decoding[row], queued[row] = self._idle[row], 0.0, 0.0
-                continue
-            batch = stats.running + stats.waiting + 1
-            own[row] = track.step_ms(min(batch, facts.max_running) if facts.max_running else batch)
-            self._busy[row] = busy = _work(facts, track)
-            decoding[row], queued[row] = busy.step_ms, busy.prompt_tokens
-        self._own, self._decoding, self._queued = own, decoding, queued
+            facts, stats = self._levels[row], self._levels[row].stats
+            if stats.running or stats.waiting or stats.waiting_prompt_tokens or facts.leases:
+                known[row] = _busy(facts, self._tracks[row], self._batch(row))
+            else:
+                known.pop(row, None)
+        self._busy = dict(sorted(known.items()))
         self._idle_bytes = self.columns.ready_bytes - sum(
             self._levels[row].card.resident_bytes
             for row in self.columns.ready_rows
             if self._levels[row].held
         )
 
-    def _load(self, snapshot: LadderSnapshot) -> _Load:
-        step = prompt = 0.0
-        running = tokens = 0
-        rows = sorted(self._busy.items())
-        for _, busy in rows:
-            step += busy.step_ms
-            running += busy.running
-            prompt += busy.prompt_ms
-            tokens += busy.prompt_tokens
-        return _Load(
-            self._own,
-            self._decoding,
-            self._queued,
-            rows,
-            step,
-            prompt,
-            tokens,
-            max(0, snapshot.host_running - running),
-            max(0, snapshot.host_waiting_prompt_tokens - tokens),
-        )
+    def _capacity(self) -> tuple[float, float]:
+        """(what one more sequence adds to a step, ms; what all that can run add), of what is in
+        memory."""
+        slopes, slots = [], 0
+        for facts, track in zip(self._levels, self._tracks, strict=True):
+            if facts.state is State.READY:
+                slopes.append((track.step_ms(SLOTS) - track.step_ms(1)) / (SLOTS - 1))
+                slots += _slots(facts)
+        slope_ms = max(_LEAST_SLOPE_MS, sum(slopes) / max(1, len(slopes)))
+        return slope_ms, slope_ms * max(1, slots)
+
+    def _batch(self, row: int) -> Sequence[float]:
+        """`Busy.batch` of one level."""
+        known = self._batches.get(row)
+        if known is None:
+            step_ms, slots = self._tracks[row].step_ms, _slots(self._levels[row])
+            more = [max(0.0, step_ms(size) - step_ms(1)) for size in range(1, slots + 1)]
+            known = self._batches[row] = (0.0, *more, more[-1])
+        return known
 
     def _steps_of(self, batch: int) -> Floats:
         return floats(track.step_ms(batch) for track in self._tracks)
@@ -187,88 +199,190 @@ class Present:
             steps = self._steps[batch] = self._steps_of(batch)
         return steps
 
+    def _now(self, tokens: float, snapshot: LadderSnapshot, arrivals: Arrivals) -> _Now:
+        busy, host, beside = self._busy, NOBODY, NOTHING
+        if busy:
+            beside = {row: level.beside(tokens) for row, level in busy.items()}
+            host = Host.of(busy.values(), beside.values())
+        return _Now(
+            tokens,
+            host,
+            busy,
+            beside,
+            max(0, snapshot.host_running - host.running),
+            max(0, snapshot.host_waiting_prompt_tokens - host.queue_tokens),
+            snapshot.building,
+            arrivals.pressure(tokens, self._slope_ms) if arrivals.per_ms else 0.0,
+        )
+
     # -- predicting -------------------------------------------------------------------------------
 
     def _predictions(
-        self, size: tuple[int, int, Length], load: _Load, columns: Columns, idle_bytes: float
+        self, size: Size, now: _Now, learned: Learned, columns: Columns, idle_bytes: float
     ) -> Predictions:
-        prompt_tokens, max_tokens, length = size
-        raw_ttft, raw_tpot = self._raw(prompt_tokens, load)
         ttft_factor, tpot_factor = self._ttft_factor, self._tpot_factor
+        raw_ttft = self._raw_ttft(size.prompt_tokens, now, learned.ttft)
         ttft = self._load_ms + np.minimum(MAX_MS, raw_ttft * ttft_factor)
-        tpot = np.minimum(MAX_MS, raw_tpot * tpot_factor)
+        tpot = np.minimum(MAX_MS, self._raw_tpot(now, learned.tpot) * tpot_factor)
+        tokens = size.prompt_tokens + size.max_tokens
 
         def calm() -> Predictions:
-            nobody = _Load(self._idle, self._zeros, self._zeros)
             settled = self.columns.settled
-            return self._predictions(size, nobody, settled, settled.ready_bytes)
+            return self._predictions(size, _Now(now.tokens), learned, settled, settled.ready_bytes)
+
+        def causes(row: int) -> tuple[FirstToken, Token]:
+            return self._first(row, size.prompt_tokens, now), self._token(row, now)
 
         return Predictions(
             columns=columns,
             idle_bytes=idle_bytes,
             ttft_ms=ttft,
             tpot_ms=tpot,
-            latency_ms=ttft + (length.expected - 1.0) * tpot,
-            memory_mb=(columns.resident + columns.kv * (prompt_tokens + max_tokens)) / 1e6,
+            latency_ms=ttft + (size.length.expected - 1.0) * tpot,
+            memory_mb=(columns.resident + columns.kv * tokens) / 1e6,
             load_ms=self._load_ms,
             build_ms=self._build_ms,
             ttft_factor=ttft_factor,
             tpot_factor=tpot_factor,
             calm=calm,
             cold=self._cold,
-            length=length,
+            length=size.length,
             margins=self._margins,
+            causes=causes,
         )
 
-    def _raw(self, prompt_tokens: int, load: _Load) -> tuple[Floats, Floats]:
-        """Uncorrected (time to first token, time per token). What nobody causes is not computed:
-        adding zeros would give the same numbers."""
-        raw_tpot, others = load.own_ms, None
-        if load.step_ms or load.other_running:
-            others = np.maximum(0.0, load.step_ms - load.decoding_ms)
-            if load.other_running:
-                others = others + self._step_ms(load.other_running)
-            raw_tpot = load.own_ms + others
+    def _raw_tpot(self, now: _Now, weights: Weights) -> Floats:
+        """Uncorrected time per token. Levels without work differ only in a step of their own."""
+        own, others, batches, streams, per_token, arrivals, prompts, builds = weights
+        alone, host, pressure = self._alone, now.host, now.pressure
+        slope = self._slope_ms * host.streams
+        elsewhere: Floats | float = host.others_ms
+        if now.others:
+            elsewhere = elsewhere + self._step_ms(now.others)
+        said = own * alone
+        if host.others_ms or now.others:
+            said += others * elsewhere
+        if pressure:
+            steps = alone + (elsewhere + host.batches_ms + slope)
+            said += arrivals * self._arriving(pressure * steps)
+        if now.building:
+            said += builds * (now.building * alone)
+        queue = prompts * (host.queue_ms / now.tokens)
+        common = streams * host.streams + per_token
+        said += batches * host.batches_ms + common + queue
+        for row, beside in now.beside.items():
+            step, rest, batch = self._shared(row, now, beside)
+            mine = own * step + others * rest
+            if pressure:
+                mine += arrivals * self._arriving(pressure * (step + (rest + batch + slope)))
+            if now.building:
+                mine += builds * (now.building * step)
+            said[row] = mine + (batches * batch + common + queue)
+        return said
 
-        # A forward pass over a few tokens costs no less than a decode step.
-        turns: Floats | int
-        if load.prompt_tokens:
-            tokens = load.queued + prompt_tokens
-            work = np.maximum(tokens * self._prefill, load.own_ms)
-            turns = np.ceil(tokens / CHUNK_TOKENS)
-        else:
-            work = np.maximum(prompt_tokens * self._prefill, load.own_ms)
-            turns = math.ceil(prompt_tokens / CHUNK_TOKENS)
-        raw_ttft = work
-        if load.prompt_tokens or load.other_prompt_tokens:
-            beside = (load.other_prompt_tokens - load.queued) * self._prefill
-            elsewhere = np.maximum(0.0, load.prompt_ms + beside)
-            raw_ttft = work + np.minimum(work, elsewhere)
-        if others is not None:
-            raw_ttft = raw_ttft + turns * (others + load.decoding_ms)
-        return self._queue_for_slots(raw_ttft, raw_tpot, load), raw_tpot
+    def _shared(self, row: int, now: _Now, beside: Beside | None) -> tuple[float, float, float]:
+        """Of one level: its own step, other levels' steps, what batches add; ms."""
+        alone, host = self._alone_ms[row], now.host
+        others, batches = host.others_ms, host.batches_ms
+        if beside is not None:
+            others = max(0.0, others - beside.steps_ms)
+            batches = max(0.0, batches - beside.batch_ms) + beside.joined_ms
+        if now.others:
+            others += self._step_ms(now.others).item(row)
+        return alone, others, batches
 
-    @staticmethod
-    def _queue_for_slots(raw_ttft: Floats, raw_tpot: Floats, load: _Load) -> Floats:
-        """All slots taken: everybody waiting, and this one, needs a running sequence to end."""
-        full = [(row, busy.full) for row, busy in load.busy if busy.full is not None]
-        if full:
-            raw_ttft = raw_ttft.copy()
-            for row, (before, left, running) in full:
-                raw_ttft[row] += before * left * raw_tpot.item(row) / running
-        return raw_ttft
+    def _token(self, row: int, now: _Now) -> Token:
+        host = now.host
+        alone, others, batches = self._shared(row, now, now.beside.get(row))
+        steps = alone + (others + batches + self._slope_ms * host.streams)
+        arrivals = self._arriving(now.pressure * steps)
+        queue, builds = host.queue_ms / now.tokens, now.building * alone
+        return Token(alone, others, batches, host.streams, 1.0, arrivals, queue, builds)
+
+    def _arriving(self, more: _Ms) -> _Ms:
+        """What arrives lengthens steps until all slots are taken."""
+        return more / (1.0 + more / self._room_ms)
+
+    def _raw_ttft(self, prompt_tokens: int, now: _Now, weights: Weights) -> Floats:
+        """Uncorrected time to first token. A forward pass over a few tokens costs no less than a
+        decode step."""
+        constant, prompt, _, beside, turns, streams, _, _, unseen, builds = weights
+        host = now.host
+        work = np.maximum(prompt_tokens * self._prefill, self._alone)
+        said = prompt * work
+        if host.queue_ms or now.other_prompt_tokens:
+            elsewhere = host.queue_ms + now.other_prompt_tokens * self._prefill
+            said += beside * np.minimum(work, elsewhere)
+        chunks = math.ceil(prompt_tokens / CHUNK_TOKENS)
+        if now.others:
+            said += turns * (chunks * (host.turn_ms + self._step_ms(now.others)))
+        elif host.turn_ms:
+            said += turns * (chunks * host.turn_ms)
+        if now.building:
+            said += builds * (now.building * work)
+        rest = constant + unseen * host.unseen
+        said += rest + streams * (chunks * (host.running + now.others))
+        for row in now.beside:
+            said[row] = _weigh_first(weights, self._first(row, prompt_tokens, now))
+        return said
+
+    def _first(self, row: int, prompt_tokens: int, now: _Now) -> FirstToken:
+        host, rate = now.host, self._prefill_ms[row]
+        work, queue, tokens, rounds = prompt_tokens * rate, 0.0, prompt_tokens, 0.0
+        busy = now.busy.get(row)
+        if busy is not None:
+            queue, tokens = busy.queue_ms, prompt_tokens + busy.queue_tokens
+            rounds = busy.rounds(prompt_tokens)
+        # Behind the prompts before it, a short one costs no step of its own.
+        work = max(work, self._alone_ms[row] - queue)
+        elsewhere = max(0.0, host.queue_ms - queue) + now.other_prompt_tokens * rate
+        chunks, turn, running = math.ceil(tokens / CHUNK_TOKENS), host.turn_ms, host.running
+        if now.others:
+            turn, running = turn + self._step_ms(now.others).item(row), running + now.others
+        return FirstToken(
+            1.0,
+            work,
+            queue,
+            min(work + queue, elsewhere),
+            chunks * turn,
+            chunks * running,
+            rounds * turn,
+            rounds * running,
+            host.unseen,
+            now.building * work,
+        )
 
 
-def _work(facts: LevelFacts, track: Track) -> _Busy:
+def _weigh_first(weights: Weights, causes: FirstToken) -> float:
+    """Summed in the order in which arrays of levels are, to the same last bit."""
+    constant, prompt, queue, beside, turns, streams, slot_turns, slot_streams, unseen, builds = (
+        weights
+    )
+    said = prompt * causes.prompt + beside * causes.beside + turns * causes.turns
+    said += builds * causes.builds
+    said += (constant + unseen * causes.unseen) + streams * causes.streams
+    waits = slot_turns * causes.slot_turns + slot_streams * causes.slot_streams
+    return said + (queue * causes.queue + waits)
+
+
+def _slots(facts: LevelFacts) -> int:
+    return facts.max_running or SLOTS
+
+
+def _busy(facts: LevelFacts, track: Track, batch: Sequence[float]) -> Busy:
     stats = facts.stats
-    full = None
-    if facts.max_running and stats.running >= facts.max_running:
-        left = stats.remaining_tokens / (stats.running + stats.waiting)
-        full = (stats.waiting + 1, left, stats.running)
-    return _Busy(
+    sequences = stats.running + stats.waiting
+    left = stats.remaining_tokens / sequences if sequences and stats.remaining_tokens else math.inf
+    return Busy(
         running=stats.running,
-        step_ms=track.step_ms(stats.running) if stats.running else 0.0,
-        prompt_tokens=stats.waiting_prompt_tokens,
-        prompt_ms=stats.waiting_prompt_tokens * track.prefill_ms,
-        full=full,
+        sequences=sequences,
+        left=left,
+        unseen=max(0, facts.leases - sequences),
+        slots=_slots(facts),
+        queue_ms=stats.waiting_prompt_tokens * track.prefill_ms,
+        queue_tokens=stats.waiting_prompt_tokens,
+        kv_free=stats.kv_total_blocks - stats.kv_used_blocks if stats.kv_total_blocks else math.inf,
+        decoding_ms=track.step_ms(stats.running) if stats.running else 0.0,
+        alone_ms=track.step_ms(1),
+        batch=batch,
     )

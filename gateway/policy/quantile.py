@@ -130,6 +130,18 @@ class MarginColumns:
         self.rows = tuple(rows)
         self._known: dict[float, tuple[Floats, Floats, Floats]] = {}
 
+    def replaced(self, row: int, margins: Margins) -> MarginColumns:
+        """The same with other margins for one level."""
+        rows = list(self.rows)
+        rows[row] = margins
+        other = MarginColumns(rows)
+        for share, factors in self._known.items():
+            copied = (factors[0].copy(), factors[1].copy(), factors[2].copy())
+            for kind, column in enumerate(copied):
+                column[row] = margins.factor(kind, share)
+            other._known[share] = copied
+        return other
+
     def factors(self, share: float) -> tuple[Floats, Floats, Floats]:
         """`Margins.factor` of every level, for each of `KINDS`."""
         known = self._known.get(share)

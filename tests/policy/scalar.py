@@ -1,7 +1,7 @@
 """The decision written level by level, in plain Python: the oracle of the columnar one.
 
-It follows the tree of `gateway.policy.decide` and the model of `Predictor.predict` with one object
-per level and no arrays. Words are shared with the real one (`sentences`), numbers are not.
+It follows the tree of `gateway.policy.decide` with one object per level and no arrays, on what
+`scalar_predict` says. Words are shared with the real one (`sentences`), numbers are not.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from gateway.engine.base import EngineStats
 from gateway.policy import sentences
@@ -17,110 +16,14 @@ from gateway.policy.budget import HARD, Bounds, Budget, Costs, Objective, OnMiss
 from gateway.policy.decide import REFUSED_PINS, RETRY_SECONDS
 from gateway.policy.decision import Action, Ask, Code, Decision, Verdict
 from gateway.policy.judge import BARRIERS, PASSING, costs
-from gateway.policy.lengths import Length
 from gateway.policy.moment import CALM
 from gateway.policy.objective import Key, Option
 from gateway.policy.policy import Policy
 from gateway.policy.prediction import Prediction
-from gateway.policy.predictor import Predictor
-from gateway.policy.present import CHUNK_TOKENS, MAX_MS
 from gateway.variants.variant import LadderSnapshot, LevelFacts, State
+from tests.policy.scalar_predict import ScalarPredictor
 
 UNKNOWN_BUILD_SECONDS = 60.0
-
-
-class ScalarPredictor(Predictor):
-    """Learns as the real one does, and predicts level by level."""
-
-    def each(
-        self,
-        prompt_tokens: int,
-        max_tokens: int,
-        snapshot: LadderSnapshot,
-        length: Length | None = None,
-    ) -> tuple[Prediction, ...]:
-        tracks = [self._track(snapshot.model, facts) for facts in snapshot.levels]
-        load = _Load.of(snapshot, tracks)
-        return tuple(
-            _predict(facts, track, load, (prompt_tokens, max_tokens, length))
-            for facts, track in zip(snapshot.levels, tracks, strict=True)
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """Work of the whole host at one moment, computed once for all levels."""
-
-    step_ms: float  # one decode step of every level of this ladder that has running sequences
-    prompt_ms: float  # prompts of this ladder not yet prefilled
-    other_running: int  # sequences of other models
-    other_prompt_tokens: int
-
-    @classmethod
-    def of(cls, snapshot: LadderSnapshot, tracks: Sequence[Any]) -> _Load:
-        step = prompt = 0.0
-        running = tokens = 0
-        for facts, track in zip(snapshot.levels, tracks, strict=True):
-            stats = facts.stats
-            if stats.running:
-                step += track.step_ms(stats.running)
-                running += stats.running
-            if stats.waiting_prompt_tokens:
-                prompt += stats.waiting_prompt_tokens * track.prefill_ms
-                tokens += stats.waiting_prompt_tokens
-        return cls(
-            step,
-            prompt,
-            max(0, snapshot.host_running - running),
-            max(0, snapshot.host_waiting_prompt_tokens - tokens),
-        )
-
-
-def _predict(
-    facts: LevelFacts, track: Any, load: _Load, size: tuple[int, int, Length | None]
-) -> Prediction:
-    prompt_tokens, max_tokens, length = size
-    length = length or Length.certain(max_tokens)
-    stats = facts.stats
-    batch = stats.running + stats.waiting + 1
-    if facts.max_running:
-        batch = min(batch, facts.max_running)
-    own_step = track.step_ms(batch)
-    decoding = track.step_ms(stats.running) if stats.running else 0.0
-    others = max(0.0, load.step_ms - decoding)
-    if load.other_running:
-        others += track.step_ms(load.other_running)
-    raw_tpot = own_step + others
-
-    # A forward pass over a few tokens costs no less than a decode step.
-    queued = stats.waiting_prompt_tokens
-    work = max((queued + prompt_tokens) * track.prefill_ms, own_step)
-    elsewhere = load.prompt_ms + (load.other_prompt_tokens - queued) * track.prefill_ms
-    turns = math.ceil((queued + prompt_tokens) / CHUNK_TOKENS)
-    raw_ttft = work + min(work, max(0.0, elsewhere)) + turns * (others + decoding)
-    if facts.max_running and stats.running >= facts.max_running:
-        # All slots taken: everybody waiting, and this one, needs a running sequence to end.
-        mean_left = stats.remaining_tokens / (stats.running + stats.waiting)
-        raw_ttft += (stats.waiting + 1) * mean_left * raw_tpot / stats.running
-
-    load_ms = 0.0
-    if facts.state is not State.READY:
-        load_ms = track.load_ms
-    ttft_factor, tpot_factor = track.ttft.factor, track.tpot.factor
-    ttft = load_ms + min(MAX_MS, raw_ttft * ttft_factor)
-    tpot = min(MAX_MS, raw_tpot * tpot_factor)
-    kv_bytes = facts.kv_bytes_per_token * (prompt_tokens + max_tokens)
-    return Prediction(
-        ttft_ms=ttft,
-        tpot_ms=tpot,
-        latency_ms=ttft + (length.expected - 1.0) * tpot,
-        memory_mb=(facts.card.resident_bytes + kv_bytes) / 1e6,
-        load_ms=load_ms,
-        ttft_factor=ttft_factor,
-        tpot_factor=tpot_factor,
-        length=length,
-        margins=track.margins(),
-    )
 
 
 def needs_build(facts: LevelFacts) -> bool:

@@ -414,7 +414,7 @@ class TestHostMemory:
     def test_levels_in_use_do_not(self) -> None:
         decision = choose(self.full(leases=1), tpot_ms=7, on_miss="reject")
         assert (decision.action, decision.code) == ("reject", "busy")
-        assert {v.level: v.misses for v in decision.verdicts}["int8"] == ("host_memory",)
+        assert "host_memory" in {v.level: v.misses for v in decision.verdicts}["int8"]
 
     def test_a_level_larger_than_the_host_is_never_used(self) -> None:
         snapshot = ladder(dict.fromkeys(CARDS, STORED), memory_budget=30 * MB, memory_used=0)

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.engine.base import EngineStats
@@ -59,13 +59,13 @@ def test_a_tiny_prompt_costs_a_step() -> None:
         pytest.param(
             with_level(ladder(), "int8", stats=busy(0, 1, prompt=150)),
             150,
-            10,
+            16,
             id="another level prefills 50 ms",
         ),
         pytest.param(
             with_level(ladder(), "int8", stats=busy(0, 1, prompt=10**6)),
             200,
-            10,
+            16,
             id="another level prefills for long: the cores are shared",
         ),
         pytest.param(ladder(host_running=1), 120, 20, id="another model decodes"),
@@ -93,7 +93,11 @@ def test_it_learns_a_machine_twice_as_slow_within_twenty_answers() -> None:
     said = predict(predictor)
     assert said.ttft_ms == pytest.approx(200, rel=0.02)
     assert said.tpot_ms == pytest.approx(20, rel=0.02)
-    assert predict(predictor, "int8").tpot_ms == pytest.approx(6), "levels learn for themselves"
+    for _ in range(60):
+        predictor.observe("m", "bf16", predict(predictor), ttft_ms=200, tpot_ms=20)
+        predictor.observe("m", "int8", predict(predictor, "int8"), tpot_ms=6)
+    assert predict(predictor, "int8").tpot_ms == pytest.approx(6, rel=0.05)
+    assert predict(predictor).tpot_ms == pytest.approx(20, rel=0.05), "levels learn for themselves"
 
 
 def test_it_follows_a_machine_that_changes() -> None:
@@ -136,7 +140,7 @@ def test_a_new_card_forgets_what_corrected_the_old_one() -> None:
         predictor.observe("m", "bf16", predict(predictor), tpot_ms=20)
     measured = CARDS["bf16"].model_copy(update={"decode_tokens_per_s": {"1": 50.0}})
     said = predict(predictor, snapshot=with_level(ladder(), "bf16", card=measured))
-    assert said.tpot_ms == pytest.approx(20)
+    assert said.tpot_factor == 1.0
     equal = CARDS["bf16"].model_copy()
     predictor.observe("m", "bf16", predict(predictor), tpot_ms=20)
     learned = predict(predictor).tpot_ms
@@ -173,7 +177,8 @@ def test_an_answer_nobody_predicted_is_ignored() -> None:
     assert predictor.error("m", "bf16").observations == 0
 
 
-@given(st.lists(st.tuples(st.sampled_from(list(CARDS)), anything, anything), max_size=60))
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(list(CARDS)), anything, anything), max_size=40))
 def test_garbage_measurements_leave_predictions_sane(
     garbage: list[tuple[str, float, float]],
 ) -> None:
@@ -183,10 +188,14 @@ def test_garbage_measurements_leave_predictions_sane(
     for said, base in zip(
         predictor.predict(400, 100, ladder()), Predictor().predict(400, 100, ladder()), strict=True
     ):
-        assert base.tpot_ms / 101 <= said.tpot_ms <= base.tpot_ms * 101
-        assert base.ttft_ms / 101 <= said.ttft_ms <= base.ttft_ms * 101
+        assert base.tpot_ms / 1e4 <= said.tpot_ms <= base.tpot_ms * 1e4
+        assert base.ttft_ms / 1e4 <= said.ttft_ms <= base.ttft_ms * 1e4
     error = predictor.error("m", "bf16")
     assert error.tpot is None or 0 <= error.tpot <= 1e6
+    for _ in range(150):
+        predictor.observe("m", "bf16", predict(predictor), ttft_ms=80, tpot_ms=8)
+    assert predict(predictor).ttft_ms == pytest.approx(80, rel=0.1)
+    assert predict(predictor).tpot_ms == pytest.approx(8, rel=0.1)
 
 
 counts = st.integers(0, 10_000)
