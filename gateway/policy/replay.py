@@ -1,25 +1,28 @@
 """What a policy would have done with recorded traffic: the real `decide` on a simulated ladder.
 
 Pure: no clock, no files. Where a trace does not hold `max_tokens`, each request asks for as many
-tokens as it got.
+tokens as it got. Levels queue in the simulation; the gateway's own queue, its quotas and what it
+spares for running promises are not part of it.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.errors import NotFound
 from gateway.policy.budget import Costs, excess
 from gateway.policy.decide import Ask, Decision, decide
+from gateway.policy.moment import Moment
 from gateway.policy.policy import DEFAULT, Policy
 from gateway.policy.predictor import GUESSED_PREFILL_MS, GUESSED_TPOT_MS, Predictor
+from gateway.policy.recent import Recent
 from gateway.policy.simulate import Job, Ladder
 from gateway.policy.trace import Arrival
 from gateway.variants.card import Card
-from gateway.variants.variant import LadderSnapshot
+from gateway.variants.variant import LadderSnapshot, State
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +214,18 @@ class _Run:
         self._cards = {facts.level: facts.card for facts in start.levels}
         self._model = start.model
         self._predictor = Predictor()
+        self._recent = Recent()
         self._decided: dict[int, tuple[int, Decision]] = {}  # by job: max_tokens and the decision
 
     def arrive(self, arrival: Arrival, policy: Policy) -> None:
         self.ladder.advance(arrival.time_s)
         most = max(arrival.max_tokens or 0, arrival.output_tokens)
-        ask = Ask(self._model, arrival.prompt_tokens, most, None, arrival.sla)
-        decision = decide(ask, policy, self.ladder.snapshot(), self._predictor.under(policy.name))
+        decision = decide(
+            self._ask(arrival, policy, most),
+            policy,
+            self.ladder.snapshot(),
+            self._predictor.under(policy.name),
+        )
         tallies = (self.tallies[policy.name], self.total)
         for tally in tallies:
             tally.requests += 1
@@ -233,9 +241,29 @@ class _Run:
             self.outcomes.append(Outcome(policy.name, None, decision.code))
             return
         self.outcomes.append(Outcome(policy.name, level, decision.code))
+        self._remember(decision, _kind(arrival, policy), level)
         job = Job(arrival.time_s, arrival.prompt_tokens, arrival.output_tokens)
         self._decided[id(job)] = (most, decision)
         self.ladder.serve(level, job)
+
+    def _ask(self, arrival: Arrival, policy: Policy, most: int) -> Ask:
+        """With what happened lately on the simulated clock."""
+        now, recent = arrival.time_s, self._recent
+        recent.came(policy.name, now)
+        moment = Moment(
+            expected=recent.expected(policy.name, policy.expected_requests, now),
+            recent=recent.level(_kind(arrival, policy), now),
+            settling=recent.settling(now),
+        )
+        return Ask(self._model, arrival.prompt_tokens, most, arrival.pinned, arrival.sla, moment)
+
+    def _remember(self, decision: Decision, kind: Hashable, level: str) -> None:
+        now = self.ladder.now
+        if decision.code in ("fits", "steady"):
+            self._recent.chose(kind, level, now)
+        facts = decision.case.snapshot.level(level) if decision.case is not None else None
+        if facts is not None and facts.state is State.STORED:
+            self._recent.loads(now)
 
     def _finished(self, level: str, job: Job) -> None:
         most, decision = self._decided.pop(id(job))
@@ -254,6 +282,11 @@ class _Run:
             latency_ms=done.latency_ms,
             tokens=job.output_tokens,
         )
+
+
+def _kind(arrival: Arrival, policy: Policy) -> Hashable:
+    """Requests of one kind are to get one level."""
+    return (policy.name, arrival.sla.objective, arrival.sla.bounds())
 
 
 def _measured(job: Job, decision: Decision, card: Card) -> _Done:

@@ -36,6 +36,7 @@ class Arrival:
         max_tokens: what it asked for; None: as many as it got.
         at: when it came, in Unix seconds, for policies that look at the hour.
         key, path, model: the caller's API key and what it called; empty where nobody recorded it.
+        pinned: the level it named.
         policy: the policy it fell under; None: not recorded.
         level: the level that served it; None: not recorded, or refused.
     """
@@ -51,6 +52,7 @@ class Arrival:
     model: str = ""
     policy: str | None = None
     level: str | None = None
+    pinned: str | None = None
 
 
 def _seconds(value: object) -> float:
@@ -86,6 +88,7 @@ class Record(BaseModel):
     sla: Sla | None = None
     policy: str | None = None
     level: str | None = None
+    pinned: str | None = None
     key: str | None = None
     path: str | None = None
     model: str | None = None
@@ -104,6 +107,7 @@ class Record(BaseModel):
             model=self.model or "",
             policy=self.policy,
             level=self.level,
+            pinned=self.pinned,
         )
 
 
