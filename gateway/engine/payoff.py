@@ -23,6 +23,7 @@ from typing import NamedTuple
 _MARGIN = 1.03  # speculation has to be this much faster
 _COLD = 2  # first samples of a size
 _ENOUGH = 3  # samples after them before a time is relied upon
+_EXACT = 8  # largest size that is measured by itself
 _SAMPLES = 15  # of a size, the last ones
 _WORTH = 0.2  # a token that is kept more rarely is not drafted
 _UNTRIED = 3  # tokens of a first draft
@@ -74,6 +75,7 @@ class Curve:
     def note(self, size: int, seconds: float) -> None:
         """One sample. The first ones of a size may hold a compilation or a graph's capture and
         are left out."""
+        size = _slot(size)
         seen = self._seen[size] = self._seen.get(size, 0) + 1
         if seen <= _COLD:
             return
@@ -85,7 +87,7 @@ class Curve:
 
     def known(self, size: int) -> bool:
         """Whether the size itself was measured often enough."""
-        return self._seen.get(size, 0) >= _COLD + _ENOUGH
+        return self._seen.get(_slot(size), 0) >= _COLD + _ENOUGH
 
     def at(self, size: int) -> float | None:
         """Seconds at `size`; None when nothing was measured."""
@@ -98,6 +100,12 @@ class Curve:
         low, high = sizes[index - 1], sizes[index]
         slope = max(0.0, (medians[high] - medians[low]) / (high - low))
         return medians[low] + slope * (size - low)
+
+
+def _slot(size: int) -> int:
+    """The size that a sample counts for: large ones are seldom the same twice, and so would not be
+    learned in time."""
+    return size if size <= _EXACT else _EXACT // 2 * round(2 * size / _EXACT)
 
 
 @dataclass(slots=True)

@@ -25,6 +25,15 @@ def test_a_curve_leaves_out_cold_samples_and_lies_on_lines() -> None:
     assert [curve.at(n) for n in (1, 3, 5, 9)] == [10.0, 14.0, 18.0, 26.0]
 
 
+def test_large_sizes_are_learned_together() -> None:
+    curve = Curve()
+    for size in (19, 20, 21, 20, 19):
+        curve.note(size, 5.0)
+    assert curve.known(20)
+    assert curve.at(20) == 5.0
+    assert not curve.known(7)
+
+
 def test_disturbed_samples_count_little_and_a_change_counts_soon() -> None:
     curve = Curve()
     for index in range(30):
