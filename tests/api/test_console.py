@@ -62,6 +62,12 @@ def test_ladder_answer_and_decision(browser: Browser) -> None:
         expect(page.locator("#decision table tr")).to_have_count(4)
         expect(page.locator("#decision tr.chosen")).to_contain_text("bf16")
 
+        assert page.input_value("#decision-id").startswith("dec-")
+        page.get_by_role("button", name="Explain it").click()
+        expect(page.locator("#decision")).to_contain_text("Ended with status 200")
+        expect(page.locator("#decision")).to_contain_text("latency_ms 60000: kept")
+        expect(page.locator("#decision tr.chosen")).to_contain_text("bf16")
+
         page.fill("#latency_ms", "")
         page.get_by_role("button", name="Build int8").click()
         expect(page.locator("#jobs")).to_contain_text(f"{MODEL}@int8")

@@ -197,6 +197,7 @@ function showDecision(info) {
   line.append(make("strong", info.level), ` by policy ${info.policy}: ${info.reason} `);
   line.append(make("span", info.slo_met ? "Budget kept." : "Budget missed.",
     info.slo_met ? "good" : "bad"));
+  $("decision-id").value = info.decision_id;
   const columns = ["ttft_ms", "tpot_ms", "latency_ms", "memory_mb"];
   $("decision").replaceChildren(line, numbersTable(
     [["predicted", info.predicted], ["measured", info.measured]], columns));
@@ -213,7 +214,7 @@ function showExplanation(info) {
     head.append(make("th", name));
   }
   table.append(head);
-  for (const level of info.levels) {
+  for (const level of info.levels || []) {
     const tr = make("tr", undefined, level.level === chosen ? "chosen" : "");
     const guess = level.predicted || {};
     tr.append(make("th", level.level), make("td", level.state));
@@ -223,7 +224,23 @@ function showExplanation(info) {
     tr.append(make("td", level.why, `why ${level.ok ? "good" : "bad"}`));
     table.append(tr);
   }
-  $("decision").replaceChildren(line, table);
+  $("decision").replaceChildren(line, table, ...became(info.result), otherwise(info.counterfactuals));
+}
+
+function became(result) {
+  if (!result) return [];
+  const kept = Object.entries(result.promises || {}).map(([name, promise]) =>
+    `${name} ${promise.bound}: ${promise.kept ? "kept" : "broken"} (${number(promise.measured, 1)})`);
+  const end = `Ended with status ${result.code} after ${number(result.seconds, 2)} s`;
+  return [make("p", [end, ...kept].join("; ") + ".", result.slo_met === false ? "bad" : "")];
+}
+
+function otherwise(found) {
+  const list = make("ul", undefined, "plain");
+  const levels = (found?.levels || []).flatMap((one) => one.sentences);
+  const others = [...(found?.tighter || []), found?.unpinned].filter(Boolean);
+  list.append(...[...levels, ...others.map((one) => one.sentence)].map((text) => make("li", text)));
+  return list;
 }
 
 function takeEvent(data) {
@@ -280,6 +297,13 @@ $("explain").addEventListener("click", () => asking(async (signal) => {
   const body = JSON.stringify(requestBody());
   showExplanation(await (await call("/v1/explain", { method: "POST", body, signal })).json());
 }));
+$("lookup").addEventListener("submit", (event) => {
+  event.preventDefault();
+  asking(async (signal) => {
+    const path = `/v1/decisions/${encodeURIComponent($("decision-id").value.trim())}`;
+    showExplanation(await (await call(path, { signal })).json());
+  });
+});
 $("stop").addEventListener("click", () => running?.abort());
 $("model").addEventListener("change", showLevels);
 $("keyform").addEventListener("submit", (event) => {
