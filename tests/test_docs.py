@@ -71,7 +71,8 @@ def test_settings_shown_are_valid(tmp_path: Path) -> None:
     file = tmp_path / "pressgate.yaml"
     file.write_text(block)
     settings = load_settings(file)
-    assert [policy.name for policy in settings.policies] == ["gold", "default"]
+    names = [policy.name for policy in settings.policies]
+    assert names == ["gold", "gold-at-night", "default"]
     assert set(yaml.safe_load(block)) <= set(Settings.model_fields)
     for level in settings.levels:
         assert Recipe.parse(level).name == level
