@@ -59,6 +59,8 @@ class Outline(_Plain):
         windows: the distinct attention windows, in the order of `Step.windows`.
         frequency, rotary_scale: as in `decoder.Rotary`.
         embed_scale: factor on looked-up rows of a quantized table.
+        computed_bytes: of tensors that the module makes itself (frequencies); counted as resident,
+            so that a level has one size however it was built.
     """
 
     layers: tuple[LayerOutline, ...]
@@ -70,6 +72,7 @@ class Outline(_Plain):
     hidden: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     context_length: int = Field(ge=1)
+    computed_bytes: int = Field(ge=0)
 
 
 def outline_of(model: Model) -> Outline | None:
@@ -93,7 +96,15 @@ def outline_of(model: Model) -> Outline | None:
         hidden=parts.hidden,
         vocab_size=model.vocab_size,
         context_length=model.context_length,
+        computed_bytes=sum(b.nbytes for b in _computed(model.module)),
     )
+
+
+def _computed(module: nn.Module) -> list[Tensor]:
+    """Buffers that no checkpoint holds, each memory once."""
+    stored = module.state_dict(keep_vars=True)
+    computed = [buffer for name, buffer in module.named_buffers() if name not in stored]
+    return list({buffer.data_ptr(): buffer for buffer in computed}.values())
 
 
 def _layer(module: nn.Module, index: int, block: Block) -> LayerOutline | None:
@@ -155,7 +166,7 @@ def build(outline: Outline, weights: VariantWeights) -> Model:
         layout=Layout(shapes, weights.dtype, weights.kv),
         context_length=outline.context_length,
         vocab_size=outline.vocab_size,
-        resident_bytes=resident_bytes(parts.held),
+        resident_bytes=resident_bytes(parts.held) + outline.computed_bytes,
         decoder=decoder,
         outlined=True,
     )

@@ -27,7 +27,7 @@ from gateway.errors import ModelError
 
 log = logging.getLogger(__name__)
 
-_VERSION = 1  # of what an outline says
+_VERSION = 2  # of what an outline says
 
 
 def open_model(
@@ -90,7 +90,7 @@ def _keep(kept: Kept[Outline], name: str, model: Model, weights: VariantWeights)
     except ModelError as error:
         log.warning("an outline is not kept: %s", error)
         return
-    if same(model, again):
+    if same(model, again) and again.resident_bytes == model.resident_bytes:
         kept.put(name, outline)
     else:
-        log.warning("an outline gives other logits than its model; it is not kept")
+        log.warning("an outline gives another model than its own; it is not kept")
