@@ -29,6 +29,7 @@ _WORTH = 0.2  # a token that is kept more rarely is not drafted
 _UNTRIED = 3  # tokens of a first draft
 _FIRST_PATIENCE, _LAST_PATIENCE = 8, 1024  # plain steps before another try
 _WARMTH = 16  # steps
+_WARMING = 3  # plain steps that may be lost by them, where plain ones are launched ahead
 _COSTS = 32  # plain steps before another try, for each one that a try is expected to lose
 _REFRESH = 128  # speculative steps before a plain one, so that its time stays known
 _MEMORY = 0.99  # what older verdicts weigh after each step
@@ -172,7 +173,9 @@ class Payoff:
         found = (self._best(name, plain, rows, places) for name, rows in offers.items())
         best = max(found, key=lambda bid: bid.rate, default=_NOTHING)
         if best.rate * plain > _MARGIN * batch:
-            self._patience, self._warm, self._plain = _FIRST_PATIENCE, _WARMTH, 0
+            waiting = (self.steps.at(batch) or 2 * plain) / plain - 1  # what asking costs
+            self._warm = round(min(_WARMTH, max(2, _WARMING / max(waiting, 1e-9))))
+            self._patience, self._plain = _FIRST_PATIENCE, 0
             self._fast = 0 if self._fast >= _REFRESH else self._fast + 1
             return best.choice if self._fast else None
         tried = self._plain >= self._patience
