@@ -19,6 +19,7 @@ from gateway.errors import DECISION_HEADER, PressgateError
 from gateway.metrics import NONE, Finished
 from gateway.policy.budget import Costs, excess
 from gateway.policy.decision import Decision
+from gateway.policy.explain import predicted
 from gateway.policy.policy import Policy
 from gateway.policy.record import Record, Result
 from gateway.quality.shadow import Answer
@@ -154,6 +155,7 @@ class Account:
         return {
             "level": self.level,
             "policy": decision.policy,
+            "policy_version": self._services.policies.version_of(self._policy),
             "reason": decision.reason,
             "decision_id": self.decision_id,
             "predicted": _numbers(decision, self._policy),
@@ -343,10 +345,8 @@ class Account:
 
 
 def _numbers(decision: Decision, policy: Policy) -> dict[str, float] | None:
-    """What is predicted, from the request's arrival on."""
-    if decision.predicted is None:
-        return None
-    return decision.predicted.delayed(_waited_ms(decision)).numbers(policy.confidence)
+    expected = predicted(decision)
+    return None if expected is None else expected.numbers(policy.confidence)
 
 
 def _waited_ms(decision: Decision) -> float:

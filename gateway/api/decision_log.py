@@ -16,6 +16,7 @@ from typing import Any, Final
 import orjson
 
 from gateway.errors import ConfigError
+from gateway.policy.explain import predicted
 from gateway.policy.record import Record
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def line(record: Record) -> dict[str, Any]:
     decision, result, case = record.decision, record.result, record.decision.case
     assert case is not None, "decide says what it decided on"
     assert result is not None, "only what has ended is logged"
-    predicted = decision.predicted
+    expected = predicted(decision)
     document = {
         "ts": round(record.at, 6),
         "decision_id": record.id,
@@ -108,7 +109,7 @@ def line(record: Record) -> dict[str, Any]:
         "action": decision.action,
         "reason": decision.code,
         "level": decision.level or decision.build,
-        "predicted": None if predicted is None else predicted.numbers(case.policy.confidence),
+        "predicted": None if expected is None else expected.numbers(case.policy.confidence),
         "measured": {n: result.costs.get(n) for n in ("ttft_ms", "tpot_ms", "latency_ms")},
         "slo_met": None if result.missed is None else not result.missed,
         "missed": list(result.missed or ()),

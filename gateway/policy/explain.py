@@ -9,6 +9,7 @@ from typing import Any
 from gateway.policy.counterfactual import counterfactuals, told
 from gateway.policy.decision import Ask, Decision, Verdict
 from gateway.policy.policy import Policy
+from gateway.policy.prediction import Prediction
 from gateway.variants.variant import LadderSnapshot, LevelFacts
 
 
@@ -30,6 +31,7 @@ def explanation(
         "pinned": ask.pinned_level,
         "prompt_tokens": ask.prompt_tokens,
         "max_tokens": ask.max_tokens,
+        "waited_ms": 0.0 if case is None else round(case.ask.moment.waited_ms, 1),
         "decision": outcome(decision, policy.confidence),
         "levels": [
             _level(verdict, facts, policy.confidence)
@@ -41,9 +43,17 @@ def explanation(
     }
 
 
+def predicted(decision: Decision) -> Prediction | None:
+    """What is predicted of a request from its arrival on: what it had waited for its turn before
+    it was decided is added."""
+    if decision.predicted is None or decision.case is None:
+        return decision.predicted
+    return decision.predicted.delayed(decision.case.ask.moment.waited_ms)
+
+
 def outcome(decision: Decision, confidence: float) -> dict[str, Any]:
     """What was decided, without what it was decided on."""
-    predicted = decision.predicted
+    expected = predicted(decision)
     return {
         "action": decision.action,
         "level": decision.level,
@@ -51,7 +61,7 @@ def outcome(decision: Decision, confidence: float) -> dict[str, Any]:
         "warm": decision.warm,
         "code": decision.code,
         "reason": decision.reason,
-        "predicted": None if predicted is None else predicted.numbers(confidence),
+        "predicted": None if expected is None else expected.numbers(confidence),
         "misses": list(decision.misses),
         "retry_after_s": decision.retry_after_s,
         "could_meet": decision.could_meet,
@@ -59,7 +69,7 @@ def outcome(decision: Decision, confidence: float) -> dict[str, Any]:
 
 
 def _level(verdict: Verdict, facts: LevelFacts, confidence: float) -> dict[str, Any]:
-    predicted = verdict.predicted
+    expected = verdict.predicted
     return {
         "level": verdict.level,
         "family": facts.family,
@@ -67,7 +77,7 @@ def _level(verdict: Verdict, facts: LevelFacts, confidence: float) -> dict[str, 
         "ok": verdict.ok,
         "why": verdict.why,
         "misses": list(verdict.misses),
-        "predicted": None if predicted is None else predicted.numbers(confidence),
+        "predicted": None if expected is None else expected.numbers(confidence),
         "estimated": verdict.estimated,
         "perplexity_ratio": facts.card.perplexity_ratio,
         "top1_agreement": facts.card.top1_agreement,

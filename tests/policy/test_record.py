@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,6 @@ from gateway.policy.explain import explanation
 from gateway.policy.policy import Policy
 from gateway.policy.predictor import Predictor
 from gateway.policy.record import Codec, Record, Result, render
-from gateway.policy.service import crowded
 from gateway.variants.variant import LadderSnapshot, State
 from tests.policy.ladders import busy, card, ladder, with_level
 from tests.policy.test_decide_properties import ladders, policies, slas
@@ -109,7 +109,7 @@ def test_what_another_version_kept_is_told_as_far_as_it_is_true() -> None:
 
 def test_what_the_queue_refused_keeps_its_verdicts() -> None:
     decision = decide(Ask("m", 10, 10), Policy(name="p"), ladder(), Predictor().predict)
-    refused = crowded(decision, 3.0)
+    refused = replace(decision, action="reject", code="busy", level=None, retry_after_s=3.0)
     found = render(*Codec().encode(Record("dec-1", 5.0, None, "", refused)))
     assert found["decision"]["action"] == "reject"
     assert found["decision"]["retry_after_s"] == 3.0
