@@ -8,6 +8,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 
 from gateway.api.deps import CalledBy, Using
+from gateway.api.front import CHAT, COMPLETIONS
 from gateway.api.match import policy_for
 from gateway.api.prepare import above_floors, prepare, read_sla
 from gateway.api.schemas import ChatBody, CompletionBody, body_schema, parse, read_body
@@ -30,7 +31,8 @@ async def explain(request: Request, services: Using, caller: CalledBy) -> Respon
     wanted = await prepare(
         body, services, above_floors(read_sla(body.sla, request.headers), caller.floors)
     )
-    policy = policy_for(request.url.path, request.headers, services, caller, wanted)
+    path = CHAT if wanted.chat else COMPLETIONS  # policies match the endpoint explained
+    policy = policy_for(path, request.headers, services, caller, wanted)
     ask = ask_of(wanted)
     decision, snapshot = make_decision(services, ask, policy)
     told = await asyncio.to_thread(explanation, ask, policy, decision, snapshot)

@@ -37,7 +37,7 @@ def apply(
     file: PolicyFile,
     canary: Annotated[
         float | None,
-        typer.Option(help="Percent of each policy's requests to try it on.", min=1e-6, max=100),
+        typer.Option(help="Percent of each policy's requests to try it on.", min=1e-6, max=99.9),
     ] = None,
     comment: Comment = None,
     url: Url = DEFAULT_URL,

@@ -37,7 +37,7 @@ class Plan(BaseModel):
     """How a candidate is tried.
 
     Attributes:
-        percent: share of the requests that get it.
+        percent: share of the requests that get it; below 100, for it is held against the others.
         min_requests: outcomes of the candidate before anything is concluded.
         max_drop: how much less it may attain than the policy in force, as a share of requests.
         sticky: the same user (else API key) always gets the same arm; otherwise each request is
@@ -46,7 +46,7 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    percent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 10.0
+    percent: Annotated[float, Field(gt=0, lt=100, allow_inf_nan=False)] = 10.0
     min_requests: Annotated[int, Field(ge=1, le=10**9)] = 50
     max_drop: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.05
     sticky: bool = True

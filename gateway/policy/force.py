@@ -1,13 +1,14 @@
-"""From policies as they are written, and their histories, to the table in force. Pure."""
+"""From policies as they are written, and their histories, to the table in force; what may change
+them. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gateway.errors import InvalidRequest
+from gateway.errors import Conflict, InvalidRequest
 from gateway.policy.canary import Split
-from gateway.policy.inherit import BrokenChain, resolve_all, resolved
+from gateway.policy.inherit import BrokenChain, lineage, resolve_all, resolved
 from gateway.policy.matching import Table
 from gateway.policy.parse import parse_policy
 from gateway.policy.policy import Policy
@@ -57,6 +58,31 @@ def in_force(
         splits[name] = Split(active[name], candidate, trial.plan, salt)
         trials[name] = trial.version
     return Force(Table(active, splits), trials, tuple(faults))
+
+
+def check_chain(policy: Policy, written: Mapping[str, Policy]) -> None:
+    """
+    Raises:
+        InvalidRequest: the policy extends none that there is, or in the end itself.
+    """
+    try:
+        lineage(policy, {**written, policy.name: policy})
+    except BrokenChain as error:
+        raise InvalidRequest(f"extends: {error}", param="extends") from None
+
+
+def check_without(
+    name: str, configured: Mapping[str, Policy], stored: Mapping[str, Policy]
+) -> None:
+    """
+    Raises:
+        Conflict: without what is stored of `name`, others would extend what they cannot.
+    """
+    others = {other: policy for other, policy in stored.items() if other != name}
+    _, broken = resolve_all({**configured, **others})
+    heirs = ", ".join(sorted(broken.keys() - {name}))
+    if heirs:
+        raise Conflict(f"policy {name!r} is extended by {heirs}; change or delete those first")
 
 
 def _candidate(name: str, trial: Version, written: Mapping[str, Policy]) -> Policy:

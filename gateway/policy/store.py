@@ -18,8 +18,7 @@ from cache.errors import CacheError
 from gateway.errors import Conflict, InvalidRequest, Unavailable
 from gateway.policy.audience import Audience, Nobody
 from gateway.policy.canary import Plan, Split
-from gateway.policy.force import in_force
-from gateway.policy.inherit import BrokenChain, lineage, resolve_all
+from gateway.policy.force import check_chain, check_without, in_force
 from gateway.policy.matching import RequestFacts, Table
 from gateway.policy.parse import parse_policy, written
 from gateway.policy.policy import DEFAULT, Policy
@@ -134,6 +133,19 @@ class PolicyStore:
         """Both arms of a policy while a candidate for it is tried."""
         return self._table.splits.get(name)
 
+    def version_of(self, policy: Policy) -> int | None:
+        """Number of the version that a policy from `match` is; None: it is no longer in force."""
+        name = policy.name
+        split, history = self._table.splits.get(name), self._histories.get(name, History())
+        if split is not None and split.canary is policy:
+            return history.last
+        if self._table.policies.get(name) is not policy:
+            return None
+        version = history.in_force
+        if version is None or version.document is None:
+            return CONFIGURED
+        return version.version
+
     def observe(self, policy: Policy, *, met: bool) -> None:
         """A request that `match` gave this policy has ended: did it keep all its bounds?"""
         self.rollouts.observe(policy, met=met)
@@ -150,7 +162,7 @@ class PolicyStore:
         """
         async with self._writing:
             await self._make_room(policy.name)
-            self._check_chain(policy)
+            check_chain(policy, self.written())
             document = written(policy)
             return await self._append(
                 policy.name, lambda old: old.then("put", document, by, self._clock())
@@ -171,7 +183,7 @@ class PolicyStore:
                     f"policy {name!r} comes from the configuration and cannot be deleted; "
                     "it can be overridden"
                 )
-            self._check_without(name)
+            check_without(name, self._configured, self._stored)
             return await self._append(name, lambda old: old.then("delete", None, by, self._clock()))
 
     async def rollback(self, name: str, number: int, by: By = LOCAL) -> Version:
@@ -186,10 +198,10 @@ class PolicyStore:
             if number == CONFIGURED:
                 document = None  # the configuration's own is in force where nothing is stored
             if document is None:
-                self._check_without(name)
+                check_without(name, self._configured, self._stored)
             else:
                 await self._make_room(name)
-                self._check_chain(parse_policy(name, document))
+                check_chain(parse_policy(name, document), self.written())
             return await self._append(
                 name, lambda old: old.then("rollback", document, by, self._clock(), of=number)
             )
@@ -210,7 +222,7 @@ class PolicyStore:
                     "cannot be tried on a share of those it applies to",
                     param="policy.match",
                 )
-            self._check_chain(candidate)
+            check_chain(candidate, self.written())
             document = written(candidate)
 
             def begin(old: History) -> History:
@@ -311,27 +323,6 @@ class PolicyStore:
         _, oldest = min(gone)
         await self._persist(self._documents.delete(NAMESPACE, oldest))
         self._histories.pop(oldest, None)
-
-    def _check_chain(self, policy: Policy) -> None:
-        """
-        Raises:
-            InvalidRequest: the policy extends none that there is, or in the end itself.
-        """
-        try:
-            lineage(policy, {**self.written(), policy.name: policy})
-        except BrokenChain as error:
-            raise InvalidRequest(f"extends: {error}", param="extends") from None
-
-    def _check_without(self, name: str) -> None:
-        """
-        Raises:
-            Conflict: without what is stored of `name`, others would extend what they cannot.
-        """
-        stored = {other: policy for other, policy in self._stored.items() if other != name}
-        _, broken = resolve_all({**self._configured, **stored})
-        heirs = ", ".join(sorted(broken.keys() - {name}))
-        if heirs:
-            raise Conflict(f"policy {name!r} is extended by {heirs}; change or delete those first")
 
     # -- following --------------------------------------------------------------------------------
 

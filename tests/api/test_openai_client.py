@@ -62,7 +62,8 @@ def test_compression_comes_in_the_last_chunk_only(client: openai.OpenAI, usage: 
     assert having == [len(chunks) - 1]
     compression = chunks[-1].model_extra["compression"]
     assert set(compression) == {
-        "level", "policy", "reason", "decision_id", "predicted", "measured", "slo_met",
+        "level", "policy", "policy_version", "reason", "decision_id", "predicted", "measured",
+        "slo_met",
     }  # fmt: skip
     assert compression["measured"]["ttft_ms"] <= compression["measured"]["latency_ms"]
 

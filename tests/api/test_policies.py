@@ -113,6 +113,16 @@ def test_metadata_chooses_the_policy(http: httpx.Client) -> None:
     ok(http.delete("/v1/policies/m"))
 
 
+def test_an_explanation_falls_under_the_policy_of_what_it_explains(http: httpx.Client) -> None:
+    ok(http.put("/v1/policies/texts", json={"match": {"path": TEXT, "header": {"x-e": "1"}}}))
+    for body, expected in (
+        (text(), "texts"),
+        ({"model": MODEL, "messages": [{"role": "user", "content": "x"}]}, "default"),
+    ):
+        answer = ok(http.post("/v1/explain", json=body, headers={"x-e": "1"}))
+        assert answer["policy"] == expected
+
+
 def test_hours_choose_the_policy(http: httpx.Client) -> None:
     """One of the two always holds, whatever the time is."""
     for name, hours in (("am", {"end": "12:00"}), ("pm", {"start": "12:00"})):
@@ -235,10 +245,11 @@ def test_a_candidate_is_widened_and_promoted(http: httpx.Client) -> None:
     ok(http.put("/v1/policies/w", json={"max_ppl_ratio": 1.5}))
     candidate = {"policy": {"max_ppl_ratio": 1.5, "ttft_ms": 60_000}}
     ok(http.post("/v1/policies/w:canary", json=candidate | {"percent": 1}))
-    wider = ok(http.post("/v1/policies/w:canary", json={"percent": 100, "min_requests": 5}))
-    assert (wider["version"], wider["percent"]) == (3, 100)
+    wider = ok(http.post("/v1/policies/w:canary", json={"percent": 99.999, "min_requests": 5}))
+    assert (wider["version"], wider["percent"]) == (3, 99.999)
     for _ in range(3):
-        ok(http.post(TEXT, json=text(sla={"policy": "w"})))
+        answer = ok(http.post(TEXT, json=text(sla={"policy": "w"})))
+        assert answer["compression"]["policy_version"] == 3
     arms = eventually(
         lambda: (s := ok(http.get("/v1/policies/w/canary")))["canary"]["requests"] == 3 and s
     )
@@ -247,6 +258,9 @@ def test_a_candidate_is_widened_and_promoted(http: httpx.Client) -> None:
     made = ok(http.post("/v1/policies/w:promote", json={"comment": "good"}))
     assert (made["kind"], made["of"]) == ("promote", 3)
     assert ok(http.get("/v1/policies/w"))["ttft_ms"] == 60_000
+    answer = ok(http.post(TEXT, json=text(sla={"policy": "w"})))
+    assert answer["compression"]["policy_version"] == 4
+    assert ok(http.post(TEXT, json=text()))["compression"]["policy_version"] == 0
     ok(http.post("/v1/policies/w:canary", json={"policy": {}}))
     ok(http.post("/v1/policies/w:abort"))
     assert ok(http.get("/v1/policies/w"))["ttft_ms"] == 60_000

@@ -78,7 +78,7 @@ def test_metadata_and_hours_bind_nobody() -> None:
 
 def test_a_candidate_takes_part_however_its_policy_is_found() -> None:
     candidate = Policy(name="path", match=PATH.match, ttft_ms=1)
-    trial = Split(PATH, candidate, Plan(percent=100), "salt")
+    trial = Split(PATH, candidate, Plan(percent=99.999), "salt")
     found = table(PATH, splits={"path": trial})
     assert found.match(asked()) is candidate
     assert found.match(asked(path="/x"), "path") is candidate

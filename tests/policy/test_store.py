@@ -462,7 +462,7 @@ async def replicas(
 ) -> AsyncIterator[Callable[..., Awaitable[list[PolicyStore]]]]:
     """Makes three stores, each with a disk of its own, on one Redis."""
     links = [
-        RedisStore(redis_server.url, budget=2**20, ttl=60, variant_limit=1, timeout=0.5)
+        RedisStore(redis_server.url, budget=2**20, ttl=60, variant_limit=1, timeout=30)
         for _ in range(3)
     ]
     homes = [Documents(tmp_path / str(i), link) for i, link in enumerate(links)]

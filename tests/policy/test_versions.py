@@ -98,7 +98,7 @@ def test_garbage_is_told(document: dict[str, Any], fault: str) -> None:
 def test_histories_are_bounded_and_keep_what_is_in_force() -> None:
     history = made(("put", A))
     for share in range(1, 2 * MAX_VERSIONS):
-        plan = Plan(percent=share)
+        plan = Plan(percent=share / 2)
         history = history.then("canary", B, ME, NOW, plan=plan)
     assert len(history.versions) <= MAX_VERSIONS + 1
     assert history.last == 2 * MAX_VERSIONS
