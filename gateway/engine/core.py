@@ -35,7 +35,8 @@ from gateway.engine.device_sampler import upload
 from gateway.engine.draw import Draw, launch
 from gateway.engine.groups import Group, Groups, LocalOptions
 from gateway.engine.job import Job
-from gateway.engine.runner import Model, forward_logits
+from gateway.engine.model import Model
+from gateway.engine.runner import forward_logits
 from gateway.engine.runners import AheadRunner, MixedRunner, StepRunner, make_runner
 from gateway.engine.sampler import Scored
 from gateway.engine.scheduler import Plan

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from gateway.engine.attention import Layout, Pool
 from gateway.engine.kv_cache import BlockPool
 from gateway.engine.kv_quant import make_pool
-from gateway.engine.runner import Model
+from gateway.engine.model import Model
 from gateway.engine.runners import StepRunner
 from gateway.engine.scheduler import Limits, Scheduler, Sequence
 from gateway.engine.speculate import OFF

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gateway.engine.attention import Mode, PlainKV, Rows, Scoring
 from gateway.engine.decoder import Attention, Block, Decoder, GatedMlp
 from gateway.engine.decoder import Norm as NormPart
+from gateway.engine.model import Model
 from gateway.engine.native_linears import DTYPES, FULL, HALF, Linears, Wide
 from gateway.engine.native_step import (
     Angles,
@@ -30,7 +31,6 @@ from gateway.engine.native_step import (
     Step,
     rows_of,
 )
-from gateway.engine.runner import Model
 
 
 def roots(parts: Decoder) -> Iterator[nn.Module]:

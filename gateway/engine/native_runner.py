@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from gateway.engine.attention import Pool
+from gateway.engine.model import Model
 from gateway.engine.native_build import Builder, roots
 from gateway.engine.native_linears import DTYPES, limits
 from gateway.engine.native_step import Buffers, Operations, Program, Step, operations
-from gateway.engine.runner import Model, Runner
+from gateway.engine.runner import Runner
 from gateway.engine.scheduler import Chunk
 from gateway.engine.scheduler import Sequence as Tokens
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from gateway.engine.attention import Pool
 from gateway.engine.kv_quant import make_pool
-from gateway.engine.runner import Model, Runner
+from gateway.engine.model import Model
+from gateway.engine.runner import Runner
 from gateway.engine.scheduler import Chunk
 from gateway.engine.scheduler import Sequence as Tokens
 

@@ -26,8 +26,8 @@ from gateway.engine.device_sampler import upload
 from gateway.engine.drafters import DRAFTERS, Draft, Drafter, LevelDrafter
 from gateway.engine.draw import launch
 from gateway.engine.host_acceptance import Shares, judge_row
+from gateway.engine.model import Model
 from gateway.engine.payoff import Curve, Offer, Payoff, Verdicts
-from gateway.engine.runner import Model
 from gateway.engine.runners import AheadRunner, StepRunner
 from gateway.engine.sampler import RowState, Scored, score
 from gateway.engine.scheduler import Scheduler

@@ -31,7 +31,8 @@ from compressors.tensor import LinearForm
 from gateway.engine.kernels.scheme import KernelLinear
 from gateway.engine.kernels.store import unpack
 from gateway.engine.local import LocalEngine, LocalOptions, LocalRuntime
-from gateway.engine.runner import Model, VariantWeights, build_model, forward_logits
+from gateway.engine.model import Model, VariantWeights, build_model
+from gateway.engine.runner import forward_logits
 from gateway.engine.tokenizer import load_tokenizer
 from gateway.quality.evaluate import Quality, evaluate
 from gateway.quality.flops import flops_per_token, linear_flops

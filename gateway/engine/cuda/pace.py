@@ -27,7 +27,7 @@ from gateway.engine.base import GenerationRequest, SamplingParams
 from gateway.engine.core import Core, LocalOptions
 from gateway.engine.job import Job
 from gateway.engine.kernels.store import pack
-from gateway.engine.runner import VariantWeights, build_model
+from gateway.engine.model import VariantWeights, build_model
 from gateway.engine.runners import settle
 from gateway.engine.tokenizer import Tokenizer
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import torch
 
 from gateway.engine.attention import Pool
-from gateway.engine.runner import Model
+from gateway.engine.model import Model
 from gateway.engine.runners import StepRunner
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
