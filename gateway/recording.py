@@ -14,6 +14,7 @@ from cache.errors import CacheError
 from cache.journal import Journal
 from cache.redis import RedisStore
 from gateway.api.decision_log import DecisionLog, Decode
+from gateway.api.explain import floors_of
 from gateway.api.ledger import PREFIX, Ledger
 from gateway.api.tracing import Traces, open_traces
 from gateway.config import Settings
@@ -38,6 +39,7 @@ async def open_ledger(
         await _journal(settings, redis),
         await asyncio.to_thread(_log, settings, pool),
         ttl=settings.decisions.keep_seconds,
+        floors={key.name: floors_of(key.floors) for key in settings.api_keys},
         on_lost=metrics.unrecorded,
     )
     work = asyncio.create_task(ledger.run())

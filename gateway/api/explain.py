@@ -13,6 +13,7 @@ from gateway.api.match import policy_for
 from gateway.api.prepare import above_floors, prepare, read_sla
 from gateway.api.schemas import ChatBody, CompletionBody, body_schema, parse, read_body
 from gateway.api.turn import ask_of, make_decision
+from gateway.config import Floors
 from gateway.errors import InvalidRequest
 from gateway.policy.explain import explanation
 
@@ -35,9 +36,15 @@ async def explain(request: Request, services: Using, caller: CalledBy) -> Respon
     policy = policy_for(path, request.headers, services, caller, wanted)
     ask = ask_of(wanted)
     decision, snapshot = make_decision(services, ask, policy)
-    told = await asyncio.to_thread(explanation, ask, policy, decision, snapshot)
+    floors = floors_of(caller.floors)
+    told = await asyncio.to_thread(explanation, ask, policy, decision, snapshot, floors)
     # A ruined level's ratio is infinite, which JSON has no word for; orjson says null.
     return Response(orjson.dumps(told), media_type="application/json")
+
+
+def floors_of(floors: Floors) -> dict[str, float]:
+    """By bound, in ms; where there is none, a caller may ask for anything."""
+    return floors.model_dump(exclude_none=True, exclude={"tighter"})
 
 
 def _is_chat(raw: bytes) -> bool:

@@ -21,7 +21,7 @@ from cache.journal_disk import Entry
 from cache.stamps import new_stamp, stamped_at
 from cache.threads import in_thread
 from gateway.api.decision_log import DecisionLog, line
-from gateway.policy.record import Codec, Record, render
+from gateway.policy.record import NOBODY, Codec, Floors, Record, render
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Ledger:
         journal: where they are kept for the day; None: in memory only.
         decision_log: a line of JSON per finished request.
         ttl: seconds that a decision can be asked for.
+        floors: the tightest times that each API key may ask for, by bound.
         clock: Unix seconds.
     """
 
@@ -58,12 +59,14 @@ class Ledger:
         decision_log: DecisionLog | None = None,
         *,
         ttl: float = DAY_SECONDS,
+        floors: Floors = NOBODY,
         on_lost: Lost = _ignore,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._journal = journal
         self._log = decision_log
         self._ttl = ttl
+        self._floors = floors
         self._on_lost = on_lost
         self._clock = clock
         self._codec = Codec()
@@ -108,7 +111,7 @@ class Ledger:
             known = await self._journal.read(name)
         if known is None:
             return None
-        told = await asyncio.to_thread(render, known.data, known.shared)
+        told = await asyncio.to_thread(render, known.data, known.shared, self._floors)
         return None if key is not None and told["key"] != key else told
 
     async def run(self) -> None:

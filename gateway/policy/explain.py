@@ -4,9 +4,10 @@ show. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from gateway.policy.counterfactual import counterfactuals, told
+from gateway.policy.counterfactual import NO_FLOORS, counterfactuals, told
 from gateway.policy.decision import Ask, Decision, Verdict
 from gateway.policy.policy import Policy
 from gateway.policy.prediction import Prediction
@@ -14,11 +15,21 @@ from gateway.variants.variant import LadderSnapshot, LevelFacts
 
 
 def explanation(
-    ask: Ask, policy: Policy, decision: Decision, snapshot: LadderSnapshot
+    ask: Ask,
+    policy: Policy,
+    decision: Decision,
+    snapshot: LadderSnapshot,
+    floors: Mapping[str, float] = NO_FLOORS,
 ) -> dict[str, Any]:
     """Inputs, the decision, every level, in ladder order, with its numbers, and what other budgets
-    would have got. Takes about half a millisecond per level."""
+    would have got. Takes about half a millisecond per level.
+
+    `floors`: the tightest times that the caller may ask for, by bound.
+    """
     case = decision.case
+    others = None
+    if case is not None:
+        others = told(counterfactuals(case, decision, floors), decision, case)
     return {
         "object": "decision",
         "model": ask.model,
@@ -37,9 +48,7 @@ def explanation(
             _level(verdict, facts, policy.confidence)
             for verdict, facts in zip(decision.verdicts, snapshot.levels, strict=True)
         ],
-        "counterfactuals": (
-            None if case is None else told(counterfactuals(case, decision), decision, case)
-        ),
+        "counterfactuals": others,
     }
 
 

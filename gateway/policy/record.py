@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +21,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from gateway.policy.columns import Columns, Floats, floats
+from gateway.policy.counterfactual import NO_FLOORS
 from gateway.policy.decide import decide
 from gateway.policy.decision import Ask, Decision
 from gateway.policy.explain import explanation, outcome
@@ -30,6 +32,8 @@ from gateway.policy.quantile import GRID, KINDS, MarginColumns, Margins
 from gateway.variants.card import Card
 from gateway.variants.variant import LadderSnapshot
 
+Floors = Mapping[str, Mapping[str, float]]
+NOBODY: Final[Floors] = MappingProxyType({})
 _MEMO: Final = 64  # combinations of a policy and cards whose bytes are kept
 _COLUMNS: Final = ("ttft_ms", "tpot_ms", "latency_ms", "memory_mb", "load_ms")
 _QUICK: Final = 1  # of zlib's levels
@@ -123,12 +127,13 @@ class Codec:
         return known[0]
 
 
-def render(data: bytes, shared: bytes) -> dict[str, Any]:
+def render(data: bytes, shared: bytes, floors: Floors = NOBODY) -> dict[str, Any]:
     """A kept record as JSON: `explanation`, its id, and what became of it.
 
     Counterfactuals are left out (None) when it was the queue that refused what would have been
     served: no budget tells how long that is. Verdicts are left out too when the inputs no longer
     lead to the decision that was taken, because it was another version of Pressgate that took it.
+    `floors`: the tightest times that each API key may ask for, by bound.
     """
     kept = orjson.loads(zlib.decompress(data))
     common = json.loads(zlib.decompress(shared))
@@ -146,7 +151,7 @@ def render(data: bytes, shared: bytes) -> dict[str, Any]:
         again = decide(ask, policy, snapshot, lambda *_: said)
     except (ValidationError, TypeError, KeyError, ValueError):
         return head | {"object": "decision", "levels": None, "counterfactuals": None} | known
-    told = explanation(ask, policy, again, snapshot)
+    told = explanation(ask, policy, again, snapshot, floors.get(kept["key"] or "", NO_FLOORS))
     if any(told["decision"][name] != known["decision"][name] for name in ("action", "level")):
         told["counterfactuals"] = None
         if known["decision"]["code"] != "busy":

@@ -169,6 +169,20 @@ def test_sentences_hold_the_numbers_that_were_tried(
             assert len(sentence) < 320
 
 
+def test_nobody_is_told_to_ask_for_what_their_key_may_not() -> None:
+    ask, policy = asked(tpot_ms=7.0), Policy(name="p", confidence=0.5)
+    decision = decide(ask, policy, ladder(), Predictor().predict)
+    assert decision.case is not None
+    floors = {"tpot_ms": 6.5, "ttft_ms": 60.0}
+    found = told(counterfactuals(decision.case, decision, floors), decision, decision.case)
+    assert not {"tpot_ms", "ttft_ms"} & {one["bound"] for one in found["tighter"]}
+    budgets = [one["cheapest"] for one in found["levels"] if one["cheapest"]]
+    assert budgets
+    for budget in budgets:
+        assert budget["ttft_ms"] >= 60.0
+        assert budget["tpot_ms"] >= 6.5
+
+
 def test_nothing_is_claimed_of_a_level_behind_a_barrier() -> None:
     policy = Policy(name="p", levels=("bf16", "int8"))
     _, found = explained(ladder({"bf16": State.FAILED}), policy, asked(tpot_ms=7.0))
