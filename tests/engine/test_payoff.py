@@ -173,6 +173,60 @@ def test_steps_that_are_launched_ahead_are_what_drafts_have_to_beat(
     assert chosen > 100 if used else chosen < 10
 
 
+class Pipeline(Host):
+    """A machine that launches plain steps ahead: they take `flowing` seconds, and others what
+    `step` says. A text repeats itself for 20 steps now and then."""
+
+    def __init__(
+        self, flowing: float, step: Callable[[int], float], draft: float, alpha: float
+    ) -> None:
+        super().__init__(step, draft, alpha)
+        self.payoff = Payoff(64, ahead=Curve())
+        self._flowing = flowing
+
+    def run(
+        self, steps: int, batch: int = 1, places: int = 64, *, repeats: float = 1.0
+    ) -> Pipeline:
+        flow = 0
+        for index in range(steps):
+            most = MOST if index // 20 % 10 < 10 * repeats else 0
+            offers = {"d": [Offer(self.verdicts.rate(0.8), most)] * batch}
+            if self.payoff.due(batch):
+                flow = 0
+                self._take(batch, self.payoff.choose(batch, offers, places))
+                continue
+            flow += 1
+            self.payoff.skip()
+            if repeats < 1.0 and flow % 8 == 0:
+                self.payoff.hurry(batch, offers, places)
+            if flow > 3:
+                assert self.payoff.ahead is not None
+                self.payoff.ahead.note(batch, self._flowing)
+            self.seconds += self._flowing
+            self.tokens += batch
+        self.plain_seconds = self.tokens / batch * self._flowing
+        return self
+
+
+def test_little_is_lost_by_trying_where_steps_are_launched_ahead() -> None:
+    def step(rows: int) -> float:
+        return 1.7 + 0.05 * rows
+
+    for batch in (1, 8):
+        host = Pipeline(1.0, step, draft=1.1, alpha=0.9).run(1000, batch)
+        assert host.seconds / host.plain_seconds < 1.04
+
+
+def test_texts_that_repeat_themselves_now_and_then_are_drafted_for() -> None:
+    def step(rows: int) -> float:
+        return 1.02 + 0.16 * (rows > 1) + 0.01 * rows
+
+    host = Pipeline(1.0, step, draft=0.01, alpha=0.8).run(2000, repeats=0.4)
+    always = Pipeline(1.0, step, draft=0.01, alpha=0.8).run(2000)
+    assert host.plain_seconds / host.seconds > 1.2
+    assert always.plain_seconds / always.seconds > 2.0
+
+
 def test_no_more_rows_than_there_are_places() -> None:
     payoff = Payoff()
     for _ in range(20):
