@@ -17,6 +17,9 @@ _PER_DOUBLING: Final = 8  # buckets, of equal width on a log scale
 _DOUBLINGS: Final = 17  # up to 131,072 tokens; longer answers are in the last bucket
 _MEMORY: Final = 0.998  # what an answer counts after the next one: 500 answers back, a third
 _DOUBT: Final = 2.0  # answers assumed to have gone on past every length
+_HEAVY: Final = 1e9
+_FEW: Final = 32  # answers after each of which lengths are estimated anew; then only after …
+_OFTEN: Final = 8  # … so many
 _MAX_POLICIES: Final = 256
 
 
@@ -53,9 +56,11 @@ class Length:
 class _Lengths:
     """Of one policy. `survival[i]`: share of answers longer than bucket i."""
 
-    __slots__ = ("_cut", "_ended", "expected", "survival")
+    __slots__ = ("_answers", "_cut", "_ended", "_weight", "expected", "survival")
 
     def __init__(self) -> None:
+        self._answers = 0
+        self._weight = 1.0  # of the newest answer: growing it is as good as fading the past
         self._ended = [0.0] * len(_EDGES)
         self._cut = [0.0] * len(_EDGES)
         self.survival: tuple[float, ...] = (1.0,) * len(_EDGES)
@@ -63,10 +68,20 @@ class _Lengths:
 
     def learn(self, tokens: int, *, cut: bool) -> None:
         bucket = bisect_right(_EDGES, tokens) - 1
-        for counts in (self._ended, self._cut):
-            counts[:] = [_MEMORY * count for count in counts]
-        (self._cut if cut else self._ended)[bucket] += 1.0
-        reached = sum(self._ended) + sum(self._cut) + _DOUBT
+        (self._cut if cut else self._ended)[bucket] += self._weight
+        self._weight /= _MEMORY
+        if self._weight > _HEAVY:
+            self._ended, self._cut = (
+                [count / self._weight for count in counts] for counts in (self._ended, self._cut)
+            )
+            self._weight = 1.0
+        self._answers += 1
+        if self._answers <= _FEW or self._answers % _OFTEN == 0:
+            self._estimate()
+
+    def _estimate(self) -> None:
+        doubt = _DOUBT * self._weight
+        reached = sum(self._ended) + sum(self._cut) + doubt
         survival, expected, left, mean = [], [], 1.0, 1.0
         for index, (edge, ended, lost) in enumerate(
             zip(_EDGES, self._ended, self._cut, strict=True)
@@ -74,7 +89,7 @@ class _Lengths:
             expected.append(mean)
             left *= 1.0 - min(1.0, ended / reached)
             survival.append(left)
-            reached = max(_DOUBT, reached - ended - lost)
+            reached = max(doubt, reached - ended - lost)
             if index + 1 < len(_EDGES):
                 mean += left * (_EDGES[index + 1] - edge)
         self.survival, self.expected = tuple(survival), expected

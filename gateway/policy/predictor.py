@@ -38,6 +38,7 @@ _HALF: Final = math.log(2)
 _LIMIT: Final = math.log(100)  # a factor stays within 1/100 … 100
 _TRUST: Final = 0.05  # of cards' rates, in observations: see `Regression`
 _USUAL: Final = 0.05  # weight of the newest answer in what usually comes
+_RENEW: Final = 32  # answers after which what levels borrow from each other is brought up to date
 _RATE_SECONDS: Final = 0.7  # over which arrivals are counted, the past fading
 _MAX_LEVELS: Final = 1024
 _STEPS: Final = 256  # batch sizes whose step times are kept per level
@@ -108,6 +109,7 @@ class _Track:
     ttft: _Correction = field(default_factory=_Correction)
     tpot: _Correction = field(default_factory=_Correction)
     spread: Spread = field(default_factory=Spread)
+    promised: Margins | None = None
     steps: dict[int, float] = field(default_factory=dict)
 
     def step_ms(self, batch: int) -> float:
@@ -123,7 +125,10 @@ class _Track:
         return self.ttft.factor, self.tpot.factor
 
     def margins(self) -> Margins:
-        return self.spread.margins(self.pooled)
+        """As of the level's last answer, or of the last time that all levels' were renewed."""
+        if self.promised is None:
+            self.promised = self.spread.margins(self.pooled)
+        return self.promised
 
     def learn(
         self, kind: Kind, measured: float | None, predicted: Prediction, common: _Common
@@ -159,6 +164,7 @@ class _Common:
     ttft: Regression = field(default_factory=lambda: Regression(TTFT_PRIOR, TTFT_MOST, _TRUST))
     tpot: Regression = field(default_factory=lambda: Regression(TPOT_PRIOR, TPOT_MOST, _TRUST))
     spread: Spread = field(default_factory=pooled_spread)
+    answers: int = 0
     arrivals: Arrivals = field(default_factory=Arrivals)
 
     def learned(self, per_ms: float) -> Learned:
@@ -258,8 +264,21 @@ class Predictor:
         track.learn("tpot", tpot_ms, predicted, common)
         if predicted.causes is not None:
             common.usual(tokens or predicted.length.expected, predicted.causes[0].prompt)
-        if (present := self._present.get(model)) is not None:
+        track.promised = None
+        common.answers += 1
+        present = self._present.get(model)
+        if common.answers % _RENEW == 0:
+            self._renew(model)
+        elif present is not None:
             present.learned(level)
+
+    def _renew(self, model: str) -> None:
+        """Levels with few answers promise what all levels' answers taught since."""
+        for (name, _), track in self._tracks.items():
+            if name == model:
+                track.promised = None
+        if (present := self._present.get(model)) is not None:
+            present.renewed()
 
     def error(self, model: str, level: str) -> PredictionError:
         """The running error of one level."""

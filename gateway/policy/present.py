@@ -146,6 +146,10 @@ class Present:
         self._ttft_factor[row], self._tpot_factor[row] = self._tracks[row].factors()
         self._margins = self._margins.replaced(row, self._tracks[row].margins())
 
+    def renewed(self) -> None:
+        """All tracks may promise something else."""
+        self._margins = MarginColumns([track.margins() for track in self._tracks])
+
     def predict(self, size: Size, snapshot: LadderSnapshot, learned: Learned) -> Predictions:
         """What a request costs at every level beside all that runs; see `Predictor.predict`."""
         now = self._now(max(1.0, size.length.expected - 1.0), snapshot, learned.arrivals)

@@ -117,7 +117,10 @@ class Margins:
     def factor(self, kind: int, share: float) -> float:
         """What to multiply a prediction with to get a bound kept by `share` of answers; at least 1,
         for less than what is expected is never promised."""
-        below, weight = place(share)
+        return self.factor_at(kind, *place(share))
+
+    def factor_at(self, kind: int, below: int, weight: float) -> float:
+        """`factor` at a `place`."""
         logs = self.logs[kind]
         log = (1.0 - weight) * logs[below] + weight * logs[below + 1]
         return math.exp(max(0.0, log))
@@ -148,8 +151,11 @@ class MarginColumns:
         if known is None:
             if len(self._known) >= len(GRID):
                 self._known.clear()
+            below, weight = place(share)
             ttft, tpot, latency = (
-                np.array([row.factor(kind, share) for row in self.rows], dtype=np.float64)
+                np.array(
+                    [row.factor_at(kind, below, weight) for row in self.rows], dtype=np.float64
+                )
                 for kind in range(len(KINDS))
             )
             known = self._known[share] = (ttft, tpot, latency)
