@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -116,17 +117,18 @@ class Admission:
         level = decision.level
         if level is None:
             if not (wish.patient and service.blocked(decision)):
-                return self._told(decision)
+                return self._told(self._honest(house, wish, decision, now))
             return await self._wait(house, wish, decision, self._entry(wish, decision, ANYWHERE))
-        entry = self._entry(wish, decision, level)
         if house.enough(level, wish.sequences) and house.queue.head(level, now) is None:
             house.take(level, wish.sequences)
-            house.queue.started(entry, now)
+            if house.scarce(level):
+                house.queue.started(self._entry(wish, decision, level), now)
             return decision
+        entry = self._entry(wish, decision, level)
         interval = house.interval_s(level, entry.hold_s)
         if entry.promised and not house.queue.fits(entry, now, interval):
             if not wish.patient:
-                return self._told(service.crowded(decision, house.line_s(entry)))
+                return self._told(self._crowded(house, wish, entry, decision))
             entry.start_by = math.inf
         return await self._wait(house, wish, decision, entry)
 
@@ -160,7 +162,7 @@ class Admission:
             house.queue.push(entry, self._clock())
         except QueueFull as full:
             self._watch.refused("queue")
-            return service.crowded(decision, house.line_s(entry), str(full))
+            return self._crowded(house, wish, entry, decision, str(full))
         place = Place(wish, entry, asyncio.get_running_loop().create_future())
         house.places[entry.number] = place
         self._watch.queue_length(wish.priority, house.queue.waiting(wish.priority))
@@ -270,8 +272,30 @@ class Admission:
                 return True
             except QueueFull:
                 pass  # as one that never was promised anything
-        self._grant(place, self._told(service.crowded(decision, house.line_s(entry))))
+        self._grant(place, self._told(self._crowded(house, wish, entry, decision)))
         return True
+
+    def _honest(self, house: House, wish: Wish, decision: Decision, now: float) -> Decision:
+        """A refusal whose offer counts the line before the slots."""
+        level = service.nearest(decision) if decision.could_meet else None
+        if level is None or house.enough(level, wish.sequences):
+            return decision
+        entry = self._entry(wish, decision, level)
+        return service.behind(decision, level, house.wait_s(entry, now))
+
+    def _crowded(
+        self,
+        house: House,
+        wish: Wish,
+        entry: Waiting,
+        decision: Decision,
+        why: str | None = None,
+    ) -> Decision:
+        """The refusal of a wish for which there is no slot in time, with what a request that came
+        now, and after everybody who has a deadline, could be promised."""
+        now = self._clock()
+        last = wish.decide(Look(now, 0.0, house.ahead(wish.priority, sys.float_info.max)))
+        return service.crowded(decision, last, house.wait_s(entry, now), why)
 
     @staticmethod
     def _grant(place: Place, decision: Decision) -> None:

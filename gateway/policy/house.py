@@ -106,6 +106,10 @@ class House:
         """More sequences than a level has slots may go when nobody else is there."""
         return self.free(level) >= sequences or not self.held.get(level)
 
+    def scarce(self, level: str) -> bool:
+        """Are half of its slots held? Until then nobody has to know who takes how many."""
+        return self.held.get(level, 0) >= 0.5 * self.slots.get(level, math.inf)
+
     def interval_s(self, level: str, hold_s: float) -> float:
         """Seconds between two slots of a full level that become free."""
         return self.holds.get(level, hold_s) / max(1.0, min(self.slots.get(level, 1.0), 1e6))
@@ -129,10 +133,9 @@ class House:
             mean = self.holds.get(level, seconds)
             self.holds[level] = mean + WEIGHT * (seconds - mean)
 
-    def line_s(self, entry: Waiting) -> float:
-        """Seconds until everybody who waits for an entry's level, and one more, has had a slot."""
-        line = self.queue.ahead(entry.level, 0) + entry.sequences
-        return self.interval_s(entry.level, entry.hold_s) * line
+    def wait_s(self, entry: Waiting, now: float) -> float:
+        """How long a newcomer waits that comes after everybody who has a deadline."""
+        return self.queue.wait_s(entry, now, self.interval_s(entry.level, entry.hold_s))
 
     def ahead(self, priority: int, start_by: float) -> dict[str, int]:
         """Sequences that hold slots, or will before a newcomer of that urgency, by level."""

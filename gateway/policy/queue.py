@@ -21,10 +21,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import sys
 from bisect import insort
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 PRIORITIES: Final = 10
@@ -255,6 +256,13 @@ class Queue:
             if behind and now + pace * _late(passed + entry.sequences) > start:
                 return False
         return True
+
+    def wait_s(self, entry: Waiting, now: float, interval_s: float) -> float:
+        """How long a newcomer waits at most, nine times of ten, if it may come after everybody who
+        has a deadline."""
+        last = replace(entry, start_by=sys.float_info.max)
+        turns = zip(self._before(last), self._paces(last, now, interval_s), strict=True)
+        return max(interval * _late(slots + entry.sequences) for slots, interval in turns)
 
     def _before(self, entry: Waiting) -> tuple[int, int]:
         """Sequences that go before an entry: of all keys, and of higher priorities and its own."""

@@ -16,13 +16,16 @@ _RETRY_S: Final = (1.0, 60.0)
 _TIMES: Final = frozenset({"ttft_ms", "tpot_ms", "latency_ms"})
 
 
-def alone(decision: Decision) -> Prediction | None:
-    """What the decision predicts, without the wait for a slot that it holds while the level is
-    full: the prompt and a step, then tokens at the predicted pace."""
-    predicted, case = decision.predicted, decision.case
-    if predicted is None or case is None or decision.level is None:
-        return predicted
-    row = case.columns.index[decision.level]
+def alone(decision: Decision, level: str | None = None) -> Prediction | None:
+    """What the decision predicts for its level (or another one), without the wait for a slot that
+    it holds while the level is full: the prompt and a step, then tokens at the predicted pace."""
+    case, level = decision.case, level or decision.level
+    if case is None or level is None:
+        return decision.predicted
+    row = case.columns.index[level]
+    predicted = decision.predicted
+    if predicted is None or level != decision.level:
+        predicted = case.option(row).predicted
     prompt_ms = case.columns.prefill_ms.item(row) * case.ask.prompt_tokens * predicted.ttft_factor
     ttft_ms = min(predicted.ttft_ms, predicted.load_ms + max(prompt_ms, predicted.tpot_ms))
     return replace(
@@ -30,6 +33,15 @@ def alone(decision: Decision) -> Prediction | None:
         ttft_ms=ttft_ms,
         latency_ms=ttft_ms + predicted.latency_ms - predicted.ttft_ms,
     )
+
+
+def nearest(decision: Decision) -> str | None:
+    """The level that the decision's offer (`could_meet`) is about."""
+    case = decision.case
+    if decision.level is not None or case is None:
+        return decision.level
+    row = case.nearest(case.open & case.columns.loadable)
+    return None if row is None else case.snapshot.levels[row].level
 
 
 def of(decision: Decision, arrived: float) -> tuple[float, float]:
@@ -99,23 +111,15 @@ def _seen(facts: LevelFacts) -> int:
     return facts.stats.running + facts.stats.waiting
 
 
-def crowded(decision: Decision, wait_s: float, why: str | None = None) -> Decision:
+def crowded(decision: Decision, last: Decision, wait_s: float, why: str | None = None) -> Decision:
     """A refusal of what would have been served, were there not those who wait before it.
 
-    `wait_s`: until a slot is expected to be free for a newcomer.
+    `last`: what would be decided on the same request if it came now, after everybody who has a
+    deadline; a slot is free for it in `wait_s` seconds.
     """
     retry = min(_RETRY_S[1], max(_RETRY_S[0], wait_s))
-    could_meet = decision.could_meet
-    service = alone(decision)
-    if decision.level is not None and service is not None and decision.case is not None:
-        high = service.high(decision.case.policy.confidence)
-        wait_ms = 1000.0 * _late(wait_s, service)
-        have = {"ttft_ms": wait_ms + high.ttft_ms, "latency_ms": wait_ms + high.latency_ms}
-        could_meet = {
-            name: max(bound, math.ceil(10.0 * have[name]) / 10.0) if name in have else bound
-            for name, bound in decision.budget.bounds()
-        }
-    return replace(
+    offer = last.case.could_meet() if last.case is not None else None
+    refused = replace(
         decision,
         action="reject",
         code="busy",
@@ -126,10 +130,19 @@ def crowded(decision: Decision, wait_s: float, why: str | None = None) -> Decisi
         misses=(),
         reason=sentences.crowded(why, retry),
         retry_after_s=retry,
-        could_meet=could_meet or None,
+        could_meet=offer,
     )
+    level = last.level or decision.level
+    return refused if level is None else behind(refused, level, wait_s)
 
 
-def _late(wait_s: float, service: Prediction) -> float:
-    """A wait that is seldom exceeded: as long as it takes on average, and one service time more."""
-    return wait_s + service.latency_ms / 1000.0
+def behind(refused: Decision, level: str, wait_s: float) -> Decision:
+    """A refusal whose offer is relaxed as far as the line before the level's slots needs too."""
+    met, service, case = refused.could_meet, alone(refused, level), refused.case
+    if met is None or service is None or case is None:
+        return refused
+    met, high, wait_ms = dict(met), service.high(case.policy.confidence), 1000.0 * wait_s
+    for name, cost in (("ttft_ms", high.ttft_ms), ("latency_ms", high.latency_ms)):
+        if name in met:
+            met[name] = max(met[name], math.ceil(10.0 * (wait_ms + cost) + 1.0) / 10.0)
+    return replace(refused, could_meet=met)

@@ -18,6 +18,7 @@ from gateway.metrics import Metrics
 from gateway.policy.admission import Admission
 from gateway.policy.policy import Policy
 from gateway.policy.predictor import Predictor
+from gateway.policy.quota import Quotas
 from gateway.policy.store import PolicyStore
 from gateway.variants.backend import Loaded
 from gateway.variants.fake_backend import FakeBackend
@@ -69,6 +70,7 @@ class WatchedBackend(FakeBackend):
     def __init__(self, options: FakeModel, speed: FakeSpeed, model: str = MODEL) -> None:
         super().__init__(Model(id=model, path="fake", fake=options), LEVELS)
         self.speed = speed
+        self.max_running = speed.max_running
         self.seen: list[GenerationRequest] = []
         self.fault: Fault | None = None
 
@@ -99,6 +101,7 @@ class Gateway:
         self.speed = speed or FakeSpeed(prefill_tokens_per_s=1e9, tpot_ms=0.2)
         self.options = options or FakeModel(tpot_ms=0.2)
         self.models = models
+        self.quotas = Quotas()
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[FastAPI]:
@@ -112,7 +115,7 @@ class Gateway:
         await store.load()
         await self.pool.open()
         await self.pool.load_defaults()
-        self.admission = Admission(self.settings.limits)
+        self.admission = Admission(self.settings.limits, watch=self.metrics)
         self.services = Services(
             settings=self.settings,
             pool=self.pool,
@@ -120,6 +123,7 @@ class Gateway:
             predictor=Predictor(),
             admission=self.admission,
             metrics=self.metrics,
+            quotas=self.quotas,
         )
         try:
             yield make_app(self.services)
