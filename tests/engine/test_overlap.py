@@ -121,7 +121,7 @@ def make_core(kind: type[Following], blocks: int, **options: Any) -> tuple[Core,
     return core, device
 
 
-def attach(core: Core, tokenizer: Tokenizer, names: str = "ab") -> None:
+def attach(core: Core, tokenizer: Tokenizer, names: Sequence[str] = "ab") -> None:
     for name in names:
         core.attach(name, Model(nn.Module(), Step(), (), LAYOUT, 200, VOCAB, 0), tokenizer)
 
