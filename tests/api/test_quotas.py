@@ -38,9 +38,12 @@ class Metered(Gateway):
         self.quotas = Quotas(
             {key.name: key.quota for key in self.settings.api_keys},
             clock=lambda: 1_800_000_000.0,
-            on_refusal=lambda key, limit: self.metrics.quota_refused(key, limit),
+            on_refusal=self._refused,
         )
         return super().open()
+
+    def _refused(self, key: str, limit: str) -> None:
+        self.metrics.quota_refused(key, limit)
 
 
 @pytest.fixture(scope="module")
