@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from gateway.api.decision_log import Refused
 from gateway.api.deps import Services
 from gateway.api.prepare import Wanted
 from gateway.api.sse import Choice, usage
@@ -104,9 +105,14 @@ class Account:
 
     def decided(self, decision: Decision, snapshot: LadderSnapshot) -> None:
         self._decision, self._snapshot = decision, snapshot
-        path = "/v1/chat/completions" if self._wanted.chat else "/v1/completions"
-        at = time.time() - (time.perf_counter() - self._arrived)
-        self._record = Record(self.decision_id, at, self._key, path, decision)
+        self._record = Record(
+            self.decision_id,
+            self._arrived_at(),
+            self._key,
+            self._path,
+            decision,
+            version=self._services.policies.version_of(self._policy),
+        )
         self._services.ledger.opened(self._record)
         if self._trace is not None:
             self._trace.decided(_waited_ms(decision) / 1000.0)
@@ -229,6 +235,7 @@ class Account:
         """Hand what was decided, and what became of it, to the ledger."""
         record, ledger = self._record, self._services.ledger
         if record is None:
+            ledger.closed(self._refused())
             return
         costs = {} if measured is None else asdict(self._costs(measured))
         record.result = Result(
@@ -238,12 +245,36 @@ class Account:
             costs={name: _short(cost) for name, cost in costs.items()},
             missed=self._missed(measured) if served and measured is not None else None,
             seconds=round(time.perf_counter() - self._arrived, 4),
+            levels=self._told_ranges().get("levels"),
         )
         traces = self._services.traces
         if ledger.with_text or (traces is not None and traces.with_text):
             answers = tuple(tuple(choice.ids) for choice in self.choices)
             record.text = (self._wanted.prompts, answers)
         ledger.closed(record)
+
+    def _refused(self) -> Refused:
+        wanted = self._wanted
+        return Refused(
+            at=self._arrived_at(),
+            model=wanted.model,
+            key=self._key,
+            path=self._path,
+            policy=self._policy.name,
+            sla=wanted.sla.model_dump(mode="json", exclude_none=True),
+            pinned=wanted.pinned,
+            prompt_tokens=max(len(prompt) for prompt in wanted.prompts),
+            max_tokens=wanted.sampling.max_tokens,
+            code=self.code,
+        )
+
+    def _arrived_at(self) -> float:
+        """Unix seconds."""
+        return time.time() - (time.perf_counter() - self._arrived)
+
+    @property
+    def _path(self) -> str:
+        return "/v1/chat/completions" if self._wanted.chat else "/v1/completions"
 
     def _shadow(self) -> None:
         """Offer the first answer for scoring, unless dense made it itself."""

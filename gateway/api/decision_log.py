@@ -7,10 +7,12 @@ them. Blocks; the ledger calls it in a thread.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from io import TextIOWrapper
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import orjson
@@ -23,8 +25,40 @@ log = logging.getLogger(__name__)
 
 _MODE: Final = 0o600
 
+_UNDECIDED: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "policy_version": None,
+        "generated_tokens": 0,
+        "action": None,
+        "reason": None,
+        "level": None,
+        "levels": None,
+        "predicted": None,
+        "measured": {"ttft_ms": None, "tpot_ms": None, "latency_ms": None},
+        "slo_met": None,
+        "missed": [],
+    }
+)
+
 Decode = Callable[[str, Sequence[int]], str]
 """The text of token ids of a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A request that ended before anything was decided: too many at once, or a quota spent.
+    Fields as in the log; `at`: Unix seconds."""
+
+    at: float
+    model: str
+    key: str | None
+    path: str
+    policy: str
+    sla: Mapping[str, Any]
+    pinned: str | None
+    prompt_tokens: int
+    max_tokens: int
+    code: int
 
 
 class DecisionLog:
@@ -88,8 +122,11 @@ class _Lines(RotatingFileHandler):
         self.failures += 1
 
 
-def line(record: Record) -> dict[str, Any]:
+def line(record: Record | Refused) -> dict[str, Any]:
     """A finished request as one line. Times in ms; `ts`: when it came in, Unix seconds."""
+    if isinstance(record, Refused):
+        ask = {field: getattr(record, field) for field in record.__slots__ if field != "at"}
+        return {"ts": round(record.at, 6), "decision_id": None, **ask, **_UNDECIDED}
     decision, result, case = record.decision, record.result, record.decision.case
     assert case is not None, "decide says what it decided on"
     assert result is not None, "only what has ended is logged"
@@ -101,6 +138,7 @@ def line(record: Record) -> dict[str, Any]:
         "key": record.key,
         "path": record.path,
         "policy": decision.policy,
+        "policy_version": record.version,
         "sla": case.ask.sla.model_dump(mode="json", exclude_none=True),
         "pinned": case.ask.pinned_level,
         "prompt_tokens": case.ask.prompt_tokens,
@@ -109,6 +147,7 @@ def line(record: Record) -> dict[str, Any]:
         "action": decision.action,
         "reason": decision.code,
         "level": decision.level or decision.build,
+        "levels": result.levels,
         "predicted": None if expected is None else expected.numbers(case.policy.confidence),
         "measured": {n: result.costs.get(n) for n in ("ttft_ms", "tpot_ms", "latency_ms")},
         "slo_met": None if result.missed is None else not result.missed,

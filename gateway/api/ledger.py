@@ -20,7 +20,7 @@ from cache.journal import Journal
 from cache.journal_disk import Entry
 from cache.stamps import new_stamp, stamped_at
 from cache.threads import in_thread
-from gateway.api.decision_log import DecisionLog, line
+from gateway.api.decision_log import DecisionLog, Refused, line
 from gateway.policy.record import NOBODY, Codec, Floors, Record, render
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class Ledger:
         self._codec = Codec()
         self._recent: OrderedDict[str, Record | Entry] = OrderedDict()
         self._recent_bytes = 0
-        self._pending: list[Record] = []
+        self._pending: list[Record | Refused] = []
         self._writing: asyncio.Task[None] | None = None
 
     @property
@@ -87,9 +87,10 @@ class Ledger:
         """A decision has been taken; a second one for the same request replaces the first."""
         self._remember(record.id, record)
 
-    def closed(self, record: Record) -> None:
-        """The request has ended: `record.result` says how."""
-        if self._journal is None and self._log is None:
+    def closed(self, record: Record | Refused) -> None:
+        """The request has ended: `record.result` says how. What was refused before a decision is
+        only logged."""
+        if self._log is None and (self._journal is None or isinstance(record, Refused)):
             return
         if len(self._pending) >= MAX_PENDING:
             self._on_lost("memory", 1)
@@ -141,7 +142,7 @@ class Ledger:
         if self._log is not None:
             await in_thread(self._log.close)
 
-    async def _write(self, records: Sequence[Record]) -> None:
+    async def _write(self, records: Sequence[Record | Refused]) -> None:
         if self._log is not None:
             lines = [line(record) for record in records]
             if not await in_thread(self._log.write, lines):
@@ -150,6 +151,8 @@ class Ledger:
             return
         entries = []
         for record in records:
+            if isinstance(record, Refused):
+                continue
             entries.append(self._entry(record))
             if record.id in self._recent:
                 self._remember(record.id, entries[-1])

@@ -10,7 +10,7 @@ import json
 import math
 import zlib
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType
@@ -49,6 +49,8 @@ class Result:
         costs: measured times (ms), and what is known of the other costs, named as bounds are.
         missed: the bounds that were not kept; None: it was not served to its end.
         seconds: from its arrival to its end.
+        levels: which tokens each level computed, as in the answer; None: the policy does not let
+            answers move.
     """
 
     code: int
@@ -57,6 +59,7 @@ class Result:
     costs: Mapping[str, float | None]
     missed: tuple[str, ...] | None
     seconds: float
+    levels: Sequence[Any] | None = None
 
 
 @dataclass(slots=True)
@@ -66,6 +69,7 @@ class Record:
     Attributes:
         at: when the request came in, Unix seconds.
         key: name of the API key.
+        version: number of the policy's version.
         text: token ids of the prompts and of the answers, only where they are to be told.
     """
 
@@ -75,6 +79,7 @@ class Record:
     path: str
     decision: Decision
     result: Result | None = None
+    version: int | None = None
     text: tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]] | None = None
 
 
@@ -99,6 +104,7 @@ class Codec:
             "at": record.at,
             "key": record.key,
             "path": record.path,
+            "version": record.version,
             "ask": _asks().dump_python(case.ask, mode="json", exclude_defaults=True),
             "snapshot": snapshot,
             "said": _said(case.said, case.policy.confidence),
@@ -142,6 +148,7 @@ def render(data: bytes, shared: bytes, floors: Floors = NOBODY) -> dict[str, Any
         "created": kept["at"],
         "key": kept["key"],
         "path": kept["path"],
+        "policy_version": kept["version"],
         "result": _result(kept["result"], kept["budget"]),
     }
     known = {"budget": kept["budget"], "objective": kept["objective"], "decision": kept["decision"]}
@@ -178,6 +185,7 @@ def _result(result: dict[str, Any] | None, budget: dict[str, float]) -> dict[str
     return {
         "code": result["code"],
         "level": result["level"],
+        "levels": result["levels"],
         "generated_tokens": result["generated_tokens"],
         "measured": {name: costs.get(name) for name in ("ttft_ms", "tpot_ms", "latency_ms")},
         "seconds": result["seconds"],

@@ -23,7 +23,7 @@ from cache.stamps import new_stamp
 from gateway.api.ledger import MAX_PENDING, MAX_RECENT, Ledger
 from gateway.app import make_app, open_gateway
 from gateway.cli import app
-from gateway.config import ApiKey, Cache, Decisions, FakeModel, Model, Settings
+from gateway.config import ApiKey, Cache, Decisions, FakeModel, Limits, Model, Settings
 from gateway.errors import ConfigError
 from gateway.policy.decide import decide
 from gateway.policy.decision import Ask
@@ -324,11 +324,24 @@ def test_the_command_tells_of_a_decision_by_its_id(server: LiveServer) -> None:
 
 def test_a_log_can_be_replayed(tmp_path: Path) -> None:
     log = tmp_path / "decisions.jsonl"
-    options = settings(tmp_path, decisions=Decisions(log=log))
-    with serving(options) as live, client(live) as http:
+    limits = Limits(max_concurrent_per_key=1)
+    slow = (Model(id="fake", path="fake", fake=FakeModel(tpot_ms=20, build_seconds=0)),)
+    options = settings(tmp_path, decisions=Decisions(log=log), limits=limits, models=slow)
+    with serving(options) as live, client(live) as http, client(live) as other:
         http.post(TEXT, json=BODY | {"sla": {"ttft_ms": 5000}})
         http.post(TEXT, json=BODY | {"sla": {"tpot_ms": 0.001, "on_miss": "reject"}})
-    served, refused = read_trace(log)
+        long = BODY | {"max_tokens": 3000, "stream": True}
+        with http.stream("POST", TEXT, json=long) as stream:
+            events = stream.iter_lines()  # held: one that is dropped closes the stream
+            next(events)
+            assert other.post(TEXT, json=BODY).status_code == 429
+    lines = [json.loads(text) for text in log.read_text().splitlines()]
+    assert [entry["code"] for entry in lines] == [200, 422, 429, 499]
+    assert len({tuple(sorted(entry)) for entry in lines}) == 1, "the same fields in every line"
+    assert lines[2]["decision_id"] is None, "too many at once: nothing was decided"
+    served, refused, gone, crowded = read_trace(log)
+    assert gone.max_tokens == 3000
+    assert (crowded.max_tokens, crowded.key, crowded.policy) == (4, None, "default")
     assert (served.output_tokens, served.max_tokens, served.level) == (4, 4, "bf16")
     assert served.sla.ttft_ms == 5000
     assert served.path == TEXT

@@ -70,6 +70,7 @@ def test_what_became_of_it_is_told_promise_by_promise() -> None:
     assert found["result"] == {
         "code": 200,
         "level": "int8",
+        "levels": None,
         "generated_tokens": 12,
         "measured": {"ttft_ms": 31.0, "tpot_ms": 9.0, "latency_ms": 130.0},
         "seconds": 0.14,

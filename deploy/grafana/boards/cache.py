@@ -89,6 +89,11 @@ def board() -> models.Dashboard:
                     "Failed their digest; set aside, never served.",
                     {"{{tier}}": rare("cache_corruptions_total", "tier")},
                 ),
+                lines(
+                    "Decisions not kept in the last hour",
+                    "In memory: too many at once; otherwise where they could not be written.",
+                    {"{{where}}": rare("decision_records_lost_total", "where")},
+                ),
             ),
         },
     )
