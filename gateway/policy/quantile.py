@@ -26,10 +26,10 @@ GRID: Final = (0.5, 0.75, 0.9, 0.95, 0.99)
 
 _WINDOW: Final = 256  # log ratios kept per level and time
 _POOLED: Final = 1024  # and of all levels together
-_OWN: Final = 32  # answers after which a level's quantiles are its own
+_OWN: Final = 64  # answers after which a level's quantiles are its own
 _GUESS: Final = 0.25  # standard deviation of the log ratio before anything was measured
 _NORMAL: Final = (0.0, 0.674, 1.282, 1.645, 2.326)  # quantiles of the normal distribution at GRID
-_PACE: Final = 0.01  # how much of its share a miss moves the quantile that is read
+_PACE: Final = 0.02  # how much of its share a miss moves the quantile that is read
 _MOST: Final = math.log(1e6)  # a log ratio beyond this is one of this
 
 
