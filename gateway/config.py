@@ -148,7 +148,7 @@ class Decisions(_Part):
     """
 
     keep_seconds: Annotated[float, Field(ge=60, le=30 * 86_400)] = 86_400
-    disk_budget: ByteSize = ByteSize(256 * 2**20)
+    disk_budget: ByteSize = ByteSize(2**30)  # about 1 kB for each
     redis_budget: ByteSize = ByteSize(64 * 2**20)  # 0: not shared
     log: Path | None = None
     log_bytes: Annotated[ByteSize, Field(ge=4096)] = ByteSize(64 * 2**20)
