@@ -68,6 +68,42 @@ def board() -> models.Dashboard:
                     PER_SECOND,
                 ),
             ),
+            "Admission": (
+                lines(
+                    "Waiting for a slot",
+                    "Requests in the gateway's queue, by priority.",
+                    {"{{priority}}": "sum by (priority) (pressgate_admission_queue_requests)"},
+                    PLAIN,
+                ),
+                lines(
+                    "Wait for a slot, p95",
+                    "Of those that waited, by priority and by how it ended.",
+                    {
+                        "{{priority}} {{outcome}}": quantile(
+                            0.95, "admission_wait_seconds", "", "priority, outcome"
+                        )
+                    },
+                    SECONDS,
+                ),
+                lines(
+                    "Refusals",
+                    "Before being served, by reason.",
+                    {"{{reason}}": rate("refusals_total", "", "reason")},
+                    PER_SECOND,
+                ),
+                lines(
+                    "Quotas",
+                    "Requests beyond a quota of their API key.",
+                    {"{{key}}: {{limit}}": rate("quota_refusals_total", "", "key, limit")},
+                    PER_SECOND,
+                ),
+                lines(
+                    "Changes of level",
+                    "Running answers that went on at another level.",
+                    {"{{level}} to {{to}}": rate("level_changes_total", PLACE, "level, to")},
+                    PER_SECOND,
+                ),
+            ),
             "Policies": (
                 lines(
                     "Candidates",
