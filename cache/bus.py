@@ -16,6 +16,7 @@ from typing import Any
 from redis.exceptions import RedisError
 
 from cache.link import RedisAway, RedisLink
+from cache.threads import ended
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +53,7 @@ class Bus:
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await ended(self._task)
             self._task = None
 
     async def _run(self) -> None:

@@ -20,6 +20,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
+from cache.threads import ended
+
 T = TypeVar("T")
 Client = Any
 """`redis.asyncio.Redis`, whose own annotations mix its blocking and its async twin."""
@@ -154,9 +156,7 @@ class RedisLink:
         """Stop probing and close all connections. Idempotent."""
         self._closed = True
         if self._probe is not None:
-            self._probe.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._probe
+            await ended(self._probe)
         for client in (self._client, self._subscriber):
             with suppress(RedisError, OSError):
                 await client.aclose()

@@ -1,4 +1,4 @@
-"""Blocking work in a thread, without leaving it behind."""
+"""Blocking work in a thread, and tasks, without leaving them behind."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Callable
 from contextlib import suppress
 from typing import ParamSpec, TypeVar
+
+_AGAIN_SECONDS = 0.5
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,3 +28,16 @@ async def in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
                 await asyncio.wait([task])
         task.exception()  # seen; the cancellation is what the caller gets
         raise
+
+
+async def ended(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait until it is done; cancel it again where that got lost.
+
+    In redis-py that happens: of tasks cancelled in the middle of a command, a few in a thousand go
+    on, or take it for a connection that the server closed and try again.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=_AGAIN_SECONDS)
+    with suppress(asyncio.CancelledError):
+        await task
