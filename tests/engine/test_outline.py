@@ -19,6 +19,8 @@ from compressors.pipeline import compress
 from compressors.recipe import Recipe
 from gateway.config import BUILTIN
 from gateway.engine import outlines
+from gateway.engine.base import TokenEvent
+from gateway.engine.core import Job
 from gateway.engine.kernels.store import pack
 from gateway.engine.model import Model, VariantWeights, build_model
 from gateway.engine.native_step import operations
@@ -26,8 +28,9 @@ from gateway.engine.outline import Outline, build, outline_of
 from gateway.engine.outlines import open_model
 from gateway.engine.runner import forward_logits
 from gateway.engine.runners import make_runner, same, settle
+from gateway.engine.tokenizer import Tokenizer
 from gateway.errors import ModelError
-from tests.engine.conftest import VOCAB, weights_of
+from tests.engine.conftest import VOCAB, request, run, small_core, tokens_of, weights_of
 
 pytestmark = pytest.mark.skipif(operations() is None, reason="no native steps on this host")
 Checkpoints = Callable[[str], Path]
@@ -75,6 +78,26 @@ def test_a_tied_table_is_held_once() -> None:
     weights = packed(BUILTIN, "embed8")
     assert "lm_head" not in weights.linears
     check(weights, 0.1)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_windows_between_steps_change_nothing(
+    checkpoint: Checkpoints, bytes_tokenizer: Tokenizer, bits: int | None
+) -> None:
+    """Their pool is their own: what runs meanwhile finds its keys and values where they were."""
+    kv = None if bits is None else KVScheme(bits)
+    weights = replace(weights_of(checkpoint("llama")), kv=kv)
+    core = small_core()
+    core.attach("a", again(build_model(weights), weights), bytes_tokenizer)
+    (wanted,) = run(core, [Job("a", request([5, 6, 7], 20), bytes_tokenizer)])
+    job, found = Job("a", request([5, 6, 7], 20), bytes_tokenizer), list[TokenEvent]()
+    core.submit(job)
+    while core.busy:
+        for _, event in core.step():
+            assert isinstance(event, TokenEvent)
+            found.append(event)
+        core.logits("a", IDS[:1, :30])
+    assert tokens_of(found) == tokens_of(wanted)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
