@@ -1,4 +1,4 @@
-"""The CUDA step: its kernels against float64, and whole models against transformers.
+"""The CUDA step: whole models against transformers.
 
 On a CUDA device where there is one (marker gpu); on the CPU through Triton's interpreter, where
 Triton is installed and TRITON_INTERPRET=1.
@@ -6,30 +6,27 @@ Triton is installed and TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 pytest.importorskip("triton")
 
 from gateway.engine import runners
 from gateway.engine.attention import PlainKV, Pool
 from gateway.engine.core import Job
-from gateway.engine.cuda import attend, kernels
 from gateway.engine.cuda.graphs import Graphs
-from gateway.engine.cuda.matvec import gated_matvec, matvec
 from gateway.engine.cuda.prompts import PromptSteps
 from gateway.engine.cuda.step import CudaRunner
 from gateway.engine.cuda.weights import Joined
-from gateway.engine.decoder import Norm, Rotary
+from gateway.engine.kernels.store import pack
 from gateway.engine.kv_quant import make_pool
-from gateway.engine.runner import Model, Runner, build_model
+from gateway.engine.runner import Model, Runner, VariantWeights, build_model
 from gateway.engine.scheduler import Chunk
 from gateway.engine.scheduler import Sequence as Tokens
 from gateway.engine.tokenizer import Tokenizer
@@ -43,195 +40,12 @@ from tests.engine.conftest import (
     tokens_of,
     weights_of,
 )
+from tests.engine.cuda_parts import cuda, device, error
+from tests.engine.kernels.forms import grouped
 
+__all__ = ["device"]
 Checkpoints = Callable[[str], Path]
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-
-_interpreted = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off"
-)
-_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@pytest.fixture(
-    params=[
-        pytest.param("cpu", marks=_interpreted),
-        pytest.param("cuda", marks=[pytest.mark.gpu, _cuda]),
-    ]
-)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(runners.THIN, request.param, "gateway.engine.cuda.runner")
-    torch.manual_seed(0)
-    return str(request.param)
-
-
-def _error(found: Tensor, wanted: Tensor) -> float:
-    wanted = wanted.double()
-    return float((found.double() - wanted).norm() / wanted.norm())
-
-
-def _rms(x: Tensor, norm: Norm) -> Tensor:
-    return x / (x.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
-
-
-@pytest.mark.parametrize("n", [48, 128, 200])
-@pytest.mark.parametrize("added", [True, False])
-def test_norm_of_a_sum_keeps_the_sum(device: str, n: int, added: bool) -> None:
-    x, delta = torch.randn(2, 5, n, device=device)
-    norm = Norm(torch.rand(n, device=device) + 0.5, 1e-5)
-    total = x.double() + (delta.double() if added else 0.0)
-    found = kernels.add_norm(x, delta if added else None, norm)
-    assert _error(found, _rms(total, norm)) < 1e-6
-    assert _error(x, total) < 1e-6
-
-
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-def test_gate_times_up(device: str, activation: str) -> None:
-    both = torch.randn(3, 2 * 1100, device=device) * 4
-    gate, up = both.split(1100, -1)
-    g = gate.double()
-    active = F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh")
-    assert _error(kernels.gated(gate, up, activation), active * up.double()) < 1e-6
-
-
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 12), (6, 1, 16), (5, 5, 40)])
-@pytest.mark.parametrize("normed", [True, False])
-def test_rotation_and_storage(
-    device: str, heads: int, kv_heads: int, dim: int, normed: bool
-) -> None:
-    rows, size = 7, 4
-    parts = [heads * dim, kv_heads * dim, kv_heads * dim]
-    packed = torch.randn(rows, sum(parts), device=device)
-    before = [part.double() for part in packed.split(parts, -1)]
-    norms = (
-        Norm(torch.rand(dim, device=device) + 0.5, 1e-6),
-        Norm(torch.rand(dim, device=device) + 0.5, 1e-6),
-    )
-    rotary = Rotary(torch.rand(dim // 2, device=device), 1.25)
-    positions = torch.tensor([0, 1, 2, 90, 91, 200, 7], dtype=torch.int32, device=device)
-    writes = torch.tensor([4, 5, 6, 7, 20, 9, 13], dtype=torch.int32, device=device)
-    keys, values = torch.full((2, 6, size, kv_heads, dim), 9.0, device=device)
-    query, key, value = packed.split(parts, -1)
-    kernels.turn_and_store(
-        (query, key, value),
-        kernels.Turn(norms if normed else None, rotary),
-        (positions, writes),
-        (keys, values),
-    )
-
-    def turned(x: Tensor, norm: Norm) -> Tensor:
-        x = x.view(rows, -1, dim)
-        x = _rms(x, norm) if normed else x
-        angle = (positions.double()[:, None] * rotary.frequency.double())[:, None]
-        low, high = x.chunk(2, -1)
-        cos, sin = angle.cos() * rotary.scale, angle.sin() * rotary.scale
-        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
-
-    assert _error(query, turned(before[0], norms[0]).flatten(1)) < 1e-5
-    at = writes.long()
-    assert _error(keys.flatten(0, 1)[at], turned(before[1], norms[1])) < 1e-5
-    assert _error(values.flatten(0, 1)[at], before[2].view(rows, kv_heads, dim)) < 1e-6
-    untouched = [i for i in range(24) if i not in set(at.tolist())]
-    assert bool((keys.flatten(0, 1)[untouched] == 9).all())
-    assert bool((values.flatten(0, 1)[untouched] == 9).all())
-
-
-@pytest.mark.parametrize(("n", "k"), [(7, 48), (16, 1024), (33, 1500)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_one_row_of_a_product(device: str, n: int, k: int, bias: bool) -> None:
-    x, weight = torch.randn(1, k, device=device), torch.randn(n, k, device=device)
-    offset = torch.randn(n, device=device) if bias else None
-    wanted = F.linear(x.double(), weight.double(), None if offset is None else offset.double())
-    assert _error(matvec(x, weight, offset), wanted) < 1e-6
-
-
-@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
-@pytest.mark.parametrize(("n", "k"), [(7, 48), (33, 1500)])
-def test_one_row_through_gate_and_up(device: str, n: int, k: int, activation: str) -> None:
-    x, weight = torch.randn(1, k, device=device), torch.randn(2 * n, k, device=device) * k**-0.5
-    gate, up = F.linear(x.double(), weight.double()).split(n, -1)
-    active = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    assert _error(gated_matvec(x, weight, activation), active * up) < 1e-5
-
-
-class _Paged:
-    """Random keys and values of sequences of some lengths in shuffled blocks, and in order."""
-
-    def __init__(self, lengths: list[int], kv_heads: int, dim: int, device: str) -> None:
-        self.size = 4
-        self.width = -(-max(lengths) // self.size) + 3
-        blocks = torch.randperm(len(lengths) * self.width) + 1
-        self.rows = blocks.view(len(lengths), self.width)
-        shape = (len(blocks) + 1, self.size, kv_heads, dim)
-        self.pool = torch.randn(shape, device=device), torch.randn(shape, device=device)
-        self.tables = (
-            self.rows.to(torch.int32).flatten().to(device),
-            torch.tensor([self.width], dtype=torch.int32, device=device),
-        )
-
-    def of(self, row: int, length: int) -> tuple[Tensor, Tensor]:
-        """float64 [length, kv_heads, dim] each."""
-        keys, values = (p[self.rows[row].to(p.device)].flatten(0, 1) for p in self.pool)
-        return keys[:length].double(), values[:length].double()
-
-
-def _attended(q: Tensor, keys: Tensor, values: Tensor, at: int, shape: attend.Shape) -> Tensor:
-    """One query [heads · dim] at position `at`, naively in float64."""
-    heads = q.double().view(shape.heads, -1)
-    shared = shape.heads // keys.shape[1]
-    first = max(0, at + 1 - shape.window) if shape.window else 0
-    k = keys[first : at + 1].repeat_interleave(shared, 1)
-    v = values[first : at + 1].repeat_interleave(shared, 1)
-    weights = (torch.einsum("hd,nhd->hn", heads, k) * shape.scale).softmax(-1)
-    return torch.einsum("hn,nhd->hd", weights, v).flatten()
-
-
-@pytest.mark.parametrize(("both", "dim"), [((4, 2), 12), ((8, 1), 16), ((5, 5), 40)])
-@pytest.mark.parametrize("window", [0, 50])
-@pytest.mark.parametrize("splits", [1, 3])
-def test_decoding_attends_to_its_own_context(
-    device: str, both: tuple[int, int], dim: int, window: int, splits: int
-) -> None:
-    heads, kv_heads = both
-    lengths = [1, 64, 65, 200]
-    paged = _Paged(lengths, kv_heads, dim, device)
-    query = torch.randn(4, heads * dim + 8, device=device)[:, : heads * dim]
-    scratch = attend.make_scratch(4, heads, kv_heads, dim, torch.device(device))
-    setting = attend.Shape(heads, 0.3, window), replace(scratch, splits=splits)
-    positions = torch.tensor(lengths, dtype=torch.int32, device=device) - 1
-    for _ in range(2):  # what one launch leaves in the scratch must not disturb the next
-        found = attend.decode(query, positions, paged.pool, paged.tables, setting)
-        for row, length in enumerate(lengths):
-            keys, values = paged.of(row, length)
-            wanted = _attended(query[row], keys, values, length - 1, setting[0])
-            assert _error(found[row], wanted) < 1e-5
-
-
-@pytest.mark.parametrize("window", [0, 50])
-def test_packed_chunks_attend_to_their_own_context(device: str, window: int) -> None:
-    heads, kv_heads, dim = 4, 2, 12
-    chunks = [(0, 70), (130, 3), (64, 64)]  # start, length
-    paged = _Paged([start + length for start, length in chunks], kv_heads, dim, device)
-    tiles, begin = [], 0
-    for table, (start, length) in enumerate(chunks):
-        for off in range(0, length, attend.QUERIES):
-            tiles.append([begin + off, min(attend.QUERIES, length - off), start + off, table])
-        begin += length
-    query = torch.randn(begin, heads * dim, device=device)
-    shape = attend.Shape(heads, 0.3, window)
-    found = attend.prefill(
-        query,
-        paged.pool,
-        paged.tables,
-        torch.tensor(tiles, dtype=torch.int32, device=device),
-        shape,
-    )
-    row = 0
-    for table, (start, length) in enumerate(chunks):
-        keys, values = paged.of(table, start + length)
-        for at in range(start, start + length):
-            assert _error(found[row], _attended(query[row], keys, values, at, shape)) < 1e-5
-            row += 1
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -296,7 +110,7 @@ def test_a_model_computes_what_transformers_does(
     wanted, found = (_some_steps(one, _pool(model, device)) for one in (eager, runner))
     for left, right in zip(found, wanted, strict=True):
         assert left.dtype is torch.float32
-        assert _error(left, right) < 1e-3
+        assert error(left, right) < 1e-3
 
 
 def test_rows_of_one_sequence_see_each_other(checkpoint: Checkpoints, device: str) -> None:
@@ -349,7 +163,7 @@ def test_short_prompts_filled_up_to_a_size(checkpoint: Checkpoints, device: str)
                 wanted, found = (step.run(chunks, [False] * len(chunks)) for step in steps)
             for left, right in zip(found, wanted, strict=True):
                 assert left.shape == (1, VOCAB)
-                assert _error(left, right) < 1e-5
+                assert error(left, right) < 1e-5
             # What fills up is written to the scratch block, which other runners read and mask.
             assert all(bool(kv.keys[0].isfinite().all()) for kv in _kv(pool))
 
@@ -378,7 +192,7 @@ def test_quantized_keys_and_other_builds_keep_their_runner(
 
 
 @pytest.mark.gpu
-@_cuda
+@cuda
 def test_graphs_replay_what_they_captured() -> None:
     source = torch.zeros(8, device="cuda")
     graphs = Graphs(lambda rows: source[:rows] * 2, enabled=True)
@@ -394,10 +208,53 @@ def test_graphs_replay_what_they_captured() -> None:
 
 
 @pytest.mark.gpu
-@_cuda
+@cuda
 def test_a_step_that_waits_for_the_device_is_not_captured() -> None:
     source = torch.ones(8, device="cuda")
     graphs = Graphs(lambda rows: source[:rows] * float(source.sum()), enabled=True)
     for _ in range(3):
         assert graphs.run(2).tolist() == [8.0, 8.0]
     assert graphs.sizes == []
+
+
+def _coded(bits: int) -> VariantWeights:
+    """A small bf16 Llama whose linears, embedding and head are packed codes."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+    )
+    dtype = torch.bfloat16
+    dense = {name: p.detach() for name, p in LlamaForCausalLM(config).to(dtype).named_parameters()}
+    tensors, linears = {}, {}
+    for name, weight in dense.items():
+        if name.endswith("_proj.weight"):
+            form = grouped(tuple(weight.shape), bits=bits, group=128 if bits < 8 else 1 << 20)
+            scaled = replace(form, scales=form.scales * (8 if bits < 8 else 0.5))
+            linears[name.removesuffix(".weight")] = pack(scaled)
+        else:
+            tensors[name] = weight
+    return VariantWeights(config.to_dict(), tensors, linears, dtype)
+
+
+@pytest.mark.gpu
+@cuda
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_one_row_of_codes_is_a_row_of_a_batch(bits: int) -> None:
+    """Digits against numbers, in steps that are launched, captured and replayed."""
+    model = build_model(_coded(bits), device="cuda")
+    pool = make_pool(model.layout, 64, 4, "cuda")
+    runner = runners.make_runner(model, pool, max_batch=4)
+    assert isinstance(runner, CudaRunner)
+    seq, other = _start([9, 3])
+    runner.prefill([Chunk(seq, 0, 8), Chunk(other, 0, 2)], [False, False])
+    for _ in range(4):
+        alone = runner.decode([seq])
+        both = runner.decode([seq, other])
+        assert bool(alone.isfinite().all())
+        assert error(alone, both[:1]) < 0.03
+        seq.tokens.append(int(both[0].argmax()))

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from gateway.engine.cuda.launch import await_inputs, early
 
-_LOG2E = 1.4426950408889634
-_MIN_DOT = 16  # rows and columns of the tensor cores' smallest product
+LOG2E = 1.4426950408889634
+MIN_DOT = 16  # rows and columns of the tensor cores' smallest product
 _TILE = 64  # keys at once
 QUERIES = 64  # rows of a prompt at once
 _PROGRAMS = 264  # twice an H100's or H200's multiprocessors
@@ -87,11 +87,12 @@ def _fold(scores, seen, high, total, acc, value_ptr, slot, at, some, live, KV_RO
 
 
 @triton.jit
-def _together(
+def together(
     parts_ptr,
     stats_ptr,
     used,
     row,
+    rows,
     head,
     heads_in,
     at,
@@ -101,7 +102,6 @@ def _together(
     AT_ONCE: tl.constexpr,
 ):
     """The parts of a row's heads from `used` splits as one; read past the first-level cache."""
-    rows = tl.num_programs(0)
     high = tl.full(head.shape, float("-inf"), tl.float32)
     total = tl.zeros(head.shape, tl.float32)
     acc = tl.zeros([head.shape[0], at.shape[0]], tl.float32)
@@ -197,11 +197,12 @@ def _decode(
             if tl.atomic_add(arrived_ptr + row * KV_HEADS + kv, 1, sem="acq_rel") == used - 1:
                 tl.debug_barrier()
                 own = tl.arange(0, SHARED)
-                found = _together(
+                found = together(
                     parts_ptr,
                     stats_ptr,
                     used,
                     row,
+                    tl.num_programs(0),
                     kv * shared + own,
                     own < shared,
                     at,
@@ -327,15 +328,15 @@ def decode(
         scratch.stats,
         scratch.arrived,
         out,
-        shape.scale * _LOG2E,
+        shape.scale * LOG2E,
         Q_STRIDE=query.stride(0),
         HEADS=shape.heads,
         KV_HEADS=kv_heads,
         DIM=dim,
         SIZE=size,
         WINDOW=shape.window,
-        BLOCK_H=max(_MIN_DOT, triton.next_power_of_2(shape.heads // kv_heads)),
-        BLOCK_D=max(_MIN_DOT, triton.next_power_of_2(dim)),
+        BLOCK_H=max(MIN_DOT, triton.next_power_of_2(shape.heads // kv_heads)),
+        BLOCK_D=max(MIN_DOT, triton.next_power_of_2(dim)),
         TILE=_TILE,
         SHARED=triton.next_power_of_2(shape.heads // kv_heads),
         num_warps=4,
@@ -373,7 +374,7 @@ def prefill(
         *tables,
         tiles,
         out,
-        shape.scale * _LOG2E,
+        shape.scale * LOG2E,
         Q_STRIDE=query.stride(0),
         HEADS=shape.heads,
         KV_HEADS=kv_heads,
@@ -381,7 +382,7 @@ def prefill(
         SIZE=size,
         WINDOW=shape.window,
         BLOCK_M=QUERIES,
-        BLOCK_D=max(_MIN_DOT, triton.next_power_of_2(dim)),
+        BLOCK_D=max(MIN_DOT, triton.next_power_of_2(dim)),
         TILE=_TILE,
         num_warps=4,
         num_stages=3,

@@ -19,10 +19,14 @@ from triton.language.extra import cuda
 
 @triton.jit
 def await_inputs(EARLY: tl.constexpr):
-    """Wait for the kernel before; let the next one start."""
+    """Let the next kernel start; wait for the one before.
+
+    In this order, so that kernels start as soon as there is room for them, also over a small one
+    that waits itself. Whatever is read before this call must therefore be older than the step.
+    """
     if EARLY:
-        cuda.gdc_wait()
         cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
 
 
 def early(rows: Tensor) -> dict[str, Any]:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from gateway.engine.attention import PlainKV, Pool
-from gateway.engine.cuda import attend, kernels
+from gateway.engine.cuda import attend, attend_one, digits, kernels
 from gateway.engine.cuda.graphs import Graphs
 from gateway.engine.cuda.prompts import PromptSteps
 from gateway.engine.cuda.staging import DecodeStage, Prompts
 from gateway.engine.cuda.weights import Gated, Joined, Single
 from gateway.engine.decoder import Attention, Block, Decoder, GatedMlp, Norm, Rotary
+from gateway.engine.kernels.triton_digits import Digits, Heads
 from gateway.engine.runner import Model
 from gateway.engine.scheduler import Chunk
 from gateway.engine.scheduler import Sequence as Tokens
@@ -27,17 +28,17 @@ from gateway.engine.scheduler import Sequence as Tokens
 _BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _BATCH_STEP = 32  # beyond
 
-_Rows = tuple[Tensor, Tensor, Tensor]  # query, key and value of a step's tokens
-
 
 class _Layer(NamedTuple):
     attention: Attention
     rows: Joined
     turn: kernels.Turn
     shape: attend.Shape
+    turns: bool  # one row's linears can turn heads themselves
+    seen: int  # group of the digits that attention to one row becomes; 0: it stays numbers
     output: Single
     norm: Norm
-    mlp: Callable[[Tensor], Tensor]
+    mlp: Gated | _Other
 
 
 class CudaRunner:
@@ -46,7 +47,8 @@ class CudaRunner:
     def __init__(self, model: Model, parts: Decoder, pool: Pool, max_batch: int) -> None:
         self.model = model
         self._parts = parts
-        self._layers = [_layer(block, parts.rotary) for block in parts.blocks]
+        dtype = model.layout.dtype
+        self._layers = [_layer(block, parts.rotary, dtype) for block in parts.blocks]
         self._head = Single(parts.head)
         self._batches = _buckets(max_batch)
         device, most = pool.device, self._batches[-1]
@@ -103,15 +105,18 @@ class CudaRunner:
     def prompt_logits(self, staged: Prompts) -> Tensor:
         """Logits [n, vocab] of the rows to keep."""
 
-        def look(layer: _Layer, rows: _Rows, pool: tuple[Tensor, Tensor]) -> Tensor:
-            kernels.turn_and_store(rows, layer.turn, (staged.positions, staged.writes), pool)
+        def ask(layer: _Layer, x: Tensor | Digits, pool: tuple[Tensor, Tensor]) -> Tensor:
+            query, key, value = layer.rows(x)
+            where = staged.positions, staged.writes
+            kernels.turn_and_store((query, key, value), layer.turn, where, pool)
             return attend.prefill(
-                rows[0], pool, staged.tables, staged.tiles, layer.shape, zeroed=staged.filled
+                query, pool, staged.tables, staged.tiles, layer.shape, zeroed=staged.filled
             )
 
-        x, delta = self._blocks(staged.ids, look)
+        x, delta = self._blocks(staged.ids, ask)
         keep = staged.keep
-        return self._logits(x.index_select(0, keep), delta.index_select(0, keep))
+        x, delta = x.index_select(0, keep), delta.index_select(0, keep)
+        return self._head(_normed(x, delta, self._parts.norm, None))
 
     def _decode(self, batch: Sequence[Tokens], ids: Tensor | None) -> Tensor:
         rows = self._batches[bisect_left(self._batches, len(batch))]
@@ -121,60 +126,101 @@ class CudaRunner:
 
     def _decode_rows(self, rows: int) -> Tensor:
         """Logits [rows, vocab] of the staged batch. The launches that a graph holds."""
-        staged, scratch = self._stage.batch(rows), self._scratch[rows]
+        staged, scratch, alone = self._stage.batch(rows), self._scratch[rows], rows == 1
+        turns = alone and any(layer.turns and layer.rows.group for layer in self._layers)
+        angles = attend_one.turns(staged.positions, self._parts.rotary) if turns else None
 
-        def look(layer: _Layer, rows: _Rows, pool: tuple[Tensor, Tensor]) -> Tensor:
-            # In two launches: rows may share a table and read what the others store.
-            kernels.turn_and_store(rows, layer.turn, (staged.positions, staged.writes), pool)
-            setting = layer.shape, scratch
-            return attend.decode(rows[0], staged.positions, pool, staged.tables, setting)
+        def ask(layer: _Layer, x: Tensor | Digits, pool: tuple[Tensor, Tensor]) -> Tensor | Digits:
+            if angles is not None and layer.turns and isinstance(x, Digits):
+                _, _, kv_heads, dim = pool[0].shape
+                heads = Heads(angles, staged.writes, *pool, layer.shape.heads, kv_heads, dim)
+                query = layer.rows.turned(x, heads)
+            else:
+                # In two launches: rows may share a table and read what the others store.
+                query, key, value = layer.rows(x)
+                where = staged.positions, staged.writes
+                kernels.turn_and_store((query, key, value), layer.turn, where, pool)
+            if alone:
+                setting = layer.shape, scratch
+                return attend_one.decode_one(query, staged, pool, setting, layer.seen)
+            return attend.decode(
+                query, staged.positions, pool, staged.tables, (layer.shape, scratch)
+            )
 
-        return self._logits(*self._blocks(staged.ids, look))
+        x, delta = self._blocks(staged.ids, ask, one=alone)
+        return self._head(_normed(x, delta, self._parts.norm, self._head if alone else None))
 
     def _blocks(
-        self, ids: Tensor, look: Callable[[_Layer, _Rows, tuple[Tensor, Tensor]], Tensor]
+        self,
+        ids: Tensor,
+        ask: Callable[[_Layer, Tensor | Digits, tuple[Tensor, Tensor]], Tensor | Digits],
+        *,
+        one: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """All blocks over rows of tokens: the residual stream and what is still to be added.
 
         Args:
-            look: stores a layer's new rows in its pool and attends.
+            ask: computes queries, keys and values of a layer, stores these in its pool and
+                attends.
+            one: for one row, given on as digits where linears take them; what is still to be added
+                may then be several rows, in parts.
         """
         x: Tensor = self._parts.embed(ids)
         delta: Tensor | None = None
         for layer in self._layers:
-            query, key, value = layer.rows(kernels.add_norm(x, delta, layer.attention.norm))
-            seen = look(layer, (query, key, value), _tensors(layer.attention))
+            normed = _normed(x, delta, layer.attention.norm, layer.rows if one else None)
+            seen = ask(layer, normed, _tensors(layer.attention))
             delta = layer.output(seen)
-            delta = layer.mlp(kernels.add_norm(x, delta, layer.norm))
+            delta = layer.mlp(_normed(x, delta, layer.norm, layer.mlp if one else None))
         assert delta is not None, "a decoder has blocks"
         return x, delta
 
-    def _logits(self, x: Tensor, delta: Tensor) -> Tensor:
-        return self._head(kernels.add_norm(x, delta, self._parts.norm))
+
+class _Other:
+    """An MLP of another kind: a module [1, rows, hidden] → the same."""
+
+    group = 0
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, x: Tensor | Digits) -> Tensor:
+        assert isinstance(x, Tensor), "no digits are made for it"
+        out: Tensor = self._module(x[None])[0]
+        return out.contiguous()
 
 
-def _layer(block: Block, rotary: Rotary) -> _Layer:
+def _normed(
+    x: Tensor, delta: Tensor | None, norm: Norm, reader: Joined | Gated | Single | _Other | None
+) -> Tensor | Digits:
+    """The norm of x + delta, which stays in x; as digits if the reader of one row takes them."""
+    if reader is not None and reader.group and x.dtype is torch.bfloat16:
+        return digits.add_norm(x, delta, norm, reader.group)
+    if delta is not None and len(delta) != len(x):
+        delta = delta.sum(0, keepdim=True)
+    return kernels.add_norm(x, delta, norm)
+
+
+def _layer(block: Block, rotary: Rotary, dtype: torch.dtype) -> _Layer:
     attention, mlp = block.attention, block.mlp
     norms = None
     if attention.query_norm is not None and attention.key_norm is not None:
         norms = attention.query_norm, attention.key_norm
+    output = Single(attention.output, parts=True)
+    heads = attention.heads, attention.kv_heads, attention.dim
+    bfloat = dtype is torch.bfloat16
+    whole = bfloat and output.group and attend_one.splits_into(*heads, output.group)
     return _Layer(
         attention=attention,
         rows=Joined([attention.query, attention.key, attention.value]),
         turn=kernels.Turn(norms, rotary),
         shape=attend.Shape(attention.heads, attention.scale, attention.window or 0),
-        output=Single(attention.output),
+        turns=bfloat and norms is None and not attention.dim % 32,
+        seen=output.group if whole else 0,
+        output=output,
         norm=block.norm,
-        mlp=Gated(mlp) if isinstance(mlp, GatedMlp) else _other(mlp),
+        mlp=Gated(mlp) if isinstance(mlp, GatedMlp) else _Other(mlp),
     )
-
-
-def _other(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        out: Tensor = module(x[None])[0]
-        return out.contiguous()
-
-    return run
 
 
 def _tensors(attention: Attention) -> tuple[Tensor, Tensor]:

@@ -14,21 +14,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gateway.engine.cuda import digits
 from gateway.engine.cuda.kernels import gated
 from gateway.engine.cuda.matvec import gated_matvec, matvec
 from gateway.engine.decoder import GatedMlp
-from gateway.engine.kernels.joined import join
+from gateway.engine.kernels.joined import join, one_token
 from gateway.engine.kernels.scheme import KernelLinear
+from gateway.engine.kernels.triton_digits import Digits, Heads
 
 
 class Single:
-    """`single(x)` is `module(x)`; one row of a dense weight by a kernel of ours."""
+    """`single(x)` is `module(x)`; one row of a dense weight by a kernel of ours.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
+    Args:
+        parts: of digits, several rows may come back that are still to be added up.
+
+    Attributes:
+        group: of the digits that it takes for one row; 0: it takes numbers only.
+    """
+
+    def __init__(self, module: nn.Module, *, parts: bool = False) -> None:
+        self._module, self._parts = module, parts
         self._dense = module if type(module) is nn.Linear else None
+        self._one = one_token(module)
+        self.group = 0 if self._one is None else self._one.group
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Digits) -> Tensor:
+        if isinstance(x, Digits):
+            assert self._one is not None, "digits are made for a layer that takes them"
+            return self._one.one(x, parts=self._parts)
         if self._dense is not None and x.shape[0] == 1:
             return matvec(x, self._dense.weight, self._dense.bias)
         out: Tensor = self._module(x)
@@ -36,7 +50,11 @@ class Single:
 
 
 class Joined:
-    """`joined(x)` is `[module(x) for module in modules]`; results may be views of one tensor."""
+    """`joined(x)` is `[module(x) for module in modules]`; results may be views of one tensor.
+
+    Attributes:
+        group: as `Single.group`.
+    """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = tuple(modules)
@@ -53,8 +71,13 @@ class Joined:
         elif not linears:
             self._whole = join(self._modules)
             self._sizes = [int(getattr(module, "out_features", 0)) for module in self._modules]
+        self._one = one_token(self._whole)
+        self.group = 0 if self._one is None else self._one.group
 
-    def __call__(self, x: Tensor) -> Sequence[Tensor]:
+    def __call__(self, x: Tensor | Digits) -> Sequence[Tensor]:
+        if isinstance(x, Digits):
+            assert self._one is not None, "digits are made for a layer that takes them"
+            return torch.split(self._one.one(x), self._sizes, -1)
         if self._whole is not None:
             return torch.split(self._whole(x), self._sizes, -1)
         if self.weight is None:
@@ -62,20 +85,29 @@ class Joined:
         product = matvec if x.shape[0] == 1 else F.linear
         return torch.split(product(x, self.weight, self.bias), self._sizes, -1)
 
+    def turned(self, x: Digits, heads: Heads) -> Tensor:
+        """Queries of one row [1, heads · dim], turned, where the modules are a query's, a key's
+        and a value's and digits are taken; keys and values go to the pool."""
+        assert self._one is not None, "digits are made for a layer that takes them"
+        return self._one.one(x, heads=heads)
+
 
 class Gated:
     """`mlp(x)` is down(act(gate(x)) · up(x)) of a gated MLP."""
 
     def __init__(self, mlp: GatedMlp) -> None:
         self._inner = Joined([mlp.gate, mlp.up])
-        self._down = Single(mlp.down)
+        self._down = Single(mlp.down, parts=True)
         self._activation = mlp.activation
+        self.group = self._inner.group
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Digits) -> Tensor:
         weight, bias = self._inner.weight, self._inner.bias
-        if weight is not None and bias is None and x.shape[0] == 1:
+        if isinstance(x, Tensor) and weight is not None and bias is None and x.shape[0] == 1:
             return self._down(gated_matvec(x, weight, self._activation))
         gate, up = self._inner(x)
+        if isinstance(x, Digits) and self._down.group:
+            return self._down(digits.gated(gate, up, self._activation, self._down.group))
         return self._down(gated(gate, up, self._activation))
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-_SMALL, _MIDDLE = 132, 400  # groups of 32 rows: about one, up to three per multiprocessor
+# Groups of 32 rows: about one, up to three, many per multiprocessor.
+_SMALL, _MIDDLE, _LARGE = 132, 400, 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,25 @@ class Tiling:
     ahead: bool
 
 
+@dataclass(frozen=True, slots=True)
+class DigitTiling:
+    """How a program multiplies one token in digits.
+
+    Attributes:
+        warps: they share out the columns.
+        pieces: chunks that a warp takes at once.
+        chunk: columns of a chunk.
+        blocks: groups of 32 rows.
+        splits: programs that share the columns of the same rows, whose sums are added up later.
+    """
+
+    warps: int
+    pieces: int
+    chunk: int
+    blocks: int
+    splits: int = 1
+
+
 def packed_tiling(codes: Codes, rows: int) -> Tiling | None:
     """The measured choice for `rows` tokens; None: groups too narrow for the kernel's loads."""
     finest = max(32 * max(1, 4 // width) for width in codes.widths)
@@ -75,6 +95,38 @@ def packed_tiling(codes: Codes, rows: int) -> Tiling | None:
     ahead = wanted.ahead and finest == 32
     warps = _warps(wanted.warps, codes.scales.shape[1] * codes.width // chunk)
     return Tiling(warps, chunk, wanted.blocks, wanted.tokens, ahead)
+
+
+def digit_group(codes: Codes) -> int:
+    """Columns of a group of digits for one token; 0: the layout does not allow that kernel."""
+    if codes.scales.shape[1] * codes.width != codes.k:
+        return 0
+    finest = max(32 * max(1, 4 // width) for width in codes.widths)
+    return next((g for g in (128, 64, 32) if g >= finest and not codes.width % g), 0)
+
+
+def digit_tiling(codes: Codes, *, parts: bool) -> DigitTiling:
+    """The measured choice for one token of a weight with a `digit_group`; `parts`: with splits."""
+    table = _FOUR_DIGITS if sum(codes.widths) <= 4 else _EIGHT_DIGITS
+    size = _size(codes.n) + 1 if codes.n > _SMALL * 32 or codes.k > 2 * codes.n else 0
+    if -(-codes.n // 32) > _LARGE:
+        size += 1
+    return _fitted(codes, table[size], parts=parts)
+
+
+def _fitted(codes: Codes, wanted: DigitTiling, *, parts: bool) -> DigitTiling:
+    chunk = digit_group(codes)
+    centred = codes.zeros is None and codes.offset == 128.0 and codes.widths == (8,)
+    if centred and wanted.chunk < chunk:  # else a chunk must be a group, for its sum
+        chunk = wanted.chunk
+    chunks, pieces = codes.k // chunk, wanted.pieces
+    warps = _warps(wanted.warps, chunks)
+    while pieces > 1 and warps * pieces > chunks:
+        pieces //= 2
+    splits = wanted.splits if parts else 1
+    while splits > 1 and chunks % (warps * pieces * splits):
+        splits //= 2
+    return DigitTiling(warps, pieces, chunk, wanted.blocks, splits)
 
 
 def bytes_tiling(n: int, k: int, rows: int) -> Tiling | None:
@@ -123,3 +175,18 @@ _BYTES: dict[int, tuple[Tiling, Tiling, Tiling]] = {
     2: (Tiling(8, 128, 2, 2, False), Tiling(8, 128, 2, 2, False), Tiling(4, 256, 2, 2, False)),
     4: (Tiling(8, 128, 2, 4, False), Tiling(8, 128, 2, 4, False), Tiling(4, 128, 2, 4, False)),
 }
+# By size of the layer: few rows, few rows of many columns, more, many, a table's.
+_FOUR_DIGITS = (
+    DigitTiling(16, 2, 128, 1),
+    DigitTiling(16, 2, 128, 1),
+    DigitTiling(8, 2, 128, 1),
+    DigitTiling(4, 1, 128, 2),
+    DigitTiling(4, 1, 128, 1),
+)
+_EIGHT_DIGITS = (
+    DigitTiling(16, 2, 128, 1),
+    DigitTiling(16, 2, 128, 1),
+    DigitTiling(8, 2, 128, 1),
+    DigitTiling(4, 2, 128, 1),
+    DigitTiling(4, 2, 128, 1),
+)

@@ -16,6 +16,7 @@ from gateway.engine.kernels.float8 import Float8Linear
 from gateway.engine.kernels.grouped import BLOCK, GroupedLinear
 from gateway.engine.kernels.int8 import Int8Linear
 from gateway.engine.kernels.nested import NestedLinear
+from gateway.engine.kernels.on_cuda import PackedCall
 from gateway.engine.kernels.scaled import ScaledLinear
 from gateway.engine.kernels.scheme import KernelLinear
 
@@ -31,6 +32,14 @@ def join(modules: Sequence[nn.Module]) -> KernelLinear | None:
     if len(layers) != len(modules) or not _alike(layers):
         return None
     return _join(layers)
+
+
+def one_token(module: nn.Module | None) -> PackedCall | None:
+    """What computes this layer for one token in digits, whole; None where nothing does."""
+    if not isinstance(module, GroupedLinear | NestedLinear):
+        return None
+    packed = module._packed
+    return packed if packed is not None and packed.group else None
 
 
 def _join(layers: Sequence[KernelLinear]) -> KernelLinear:

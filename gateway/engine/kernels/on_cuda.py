@@ -15,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gateway.engine.kernels.codes import Codes, bytes_tiling, is_large, packed_tiling
+from gateway.engine.kernels.codes import (
+    Codes,
+    bytes_tiling,
+    digit_group,
+    digit_tiling,
+    is_large,
+    packed_tiling,
+)
 from gateway.engine.kernels.native import fused
 
 _SCRATCH = 256 << 20  # bytes of dense weight at a time
@@ -30,6 +37,9 @@ class PackedCall:
     Args:
         columns: int32 [stored columns]: the layer's column of each, -1 for padding; None: in order.
         k: columns of the layer.
+
+    Attributes:
+        group: columns of a group of the digits that `one` takes; 0: it takes none.
     """
 
     def __init__(self, codes: Codes, columns: Tensor | None, k: int, bias: Tensor | None) -> None:
@@ -38,6 +48,8 @@ class PackedCall:
         self._wide: Any = import_module("gateway.engine.kernels.triton_expand")
         device = codes.scales.device
         self._early = starts_early(device)
+        self.group = digit_group(codes) if columns is None else 0
+        self._one: Any = import_module("gateway.engine.kernels.triton_one")
 
     def takes(self, x: Tensor) -> bool:
         return x.dtype is torch.bfloat16 and x.is_cuda and x.numel() > 0
@@ -58,6 +70,18 @@ class PackedCall:
             early = self._early and len(rows) == 1 and not large
             out = self._thin.product(rows, codes, self._bias, tiling, early=early)
         return out.view(*x.shape[:-1], codes.n)
+
+    def one(self, digits: Any, *, parts: bool = False, heads: Any = None) -> Tensor:
+        """bf16 [1, N] of one token as digits (`triton_digits.Digits`) in groups of `group`.
+
+        `parts`: may also be float32 [n, N], to be added up; `heads`: see `triton_digits.product`.
+        """
+        codes = self._codes
+        tiling = digit_tiling(codes, parts=parts)
+        out: Tensor = self._one.product(
+            digits, codes, self._bias, tiling, heads=heads, early=self._early
+        )
+        return out
 
     def _dense_product(self, x: Tensor) -> Tensor:
         n, bias = self._codes.n, None if self._bias is None else self._bias.to(x.dtype)
