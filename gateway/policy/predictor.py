@@ -109,8 +109,11 @@ class _Track:
     ttft: _Correction = field(default_factory=_Correction)
     tpot: _Correction = field(default_factory=_Correction)
     spread: Spread = field(default_factory=Spread)
-    promised: Margins | None = None
+    promised: Margins = field(init=False)
     steps: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.renew()
 
     def step_ms(self, batch: int) -> float:
         """One decode step of `batch` sequences alone on the host."""
@@ -126,9 +129,10 @@ class _Track:
 
     def margins(self) -> Margins:
         """As of the level's last answer, or of the last time that all levels' were renewed."""
-        if self.promised is None:
-            self.promised = self.spread.margins(self.pooled)
         return self.promised
+
+    def renew(self) -> None:
+        self.promised = self.spread.margins(self.pooled)
 
     def learn(
         self, kind: Kind, measured: float | None, predicted: Prediction, common: _Common
@@ -142,7 +146,7 @@ class _Track:
         own.judge(measured, said)
         if predicted.causes is not None:
             regression = common.ttft if first else common.tpot
-            causes = predicted.causes[0 if first else 1]
+            causes = predicted.causes()[0 if first else 1]
             regression.learn(causes, measured / own.factor)
             if _usable(uncorrected := regression.of(causes)):
                 own.learn(measured, uncorrected, _DOUBT if self.card.measured else 0)
@@ -263,8 +267,8 @@ class Predictor:
                 track.stray("latency", latency_ms, expected, predicted.margins)
         track.learn("tpot", tpot_ms, predicted, common)
         if predicted.causes is not None:
-            common.usual(tokens or predicted.length.expected, predicted.causes[0].prompt)
-        track.promised = None
+            common.usual(tokens or predicted.length.expected, predicted.causes()[0].prompt)
+        track.renew()
         common.answers += 1
         present = self._present.get(model)
         if common.answers % _RENEW == 0:
@@ -276,7 +280,7 @@ class Predictor:
         """Levels with few answers promise what all levels' answers taught since."""
         for (name, _), track in self._tracks.items():
             if name == model:
-                track.promised = None
+                track.renew()
         if (present := self._present.get(model)) is not None:
             present.renewed()
 

@@ -310,14 +310,15 @@ class Present:
     def _raw_ttft(self, prompt_tokens: int, now: _Now, weights: Weights) -> Floats:
         """Uncorrected time to first token. A forward pass over a few tokens costs no less than a
         decode step."""
-        constant, prompt, _, beside, turns, streams, _, _, unseen, builds = weights
+        constant, prompt, queued, beside, turns, streams, *_, unseen, builds = weights
+        slot_turns, slot_streams = weights[6:8]
         host = now.host
         work = np.maximum(prompt_tokens * self._prefill, self._alone)
         said = prompt * work
         if host.queue_ms or now.other_prompt_tokens:
             elsewhere = host.queue_ms + now.other_prompt_tokens * self._prefill
             said += beside * np.minimum(work, elsewhere)
-        chunks = math.ceil(prompt_tokens / CHUNK_TOKENS)
+        chunks = -(-prompt_tokens // CHUNK_TOKENS)
         if now.others:
             said += turns * (chunks * (host.turn_ms + self._step_ms(now.others)))
         elif host.turn_ms:
@@ -327,10 +328,19 @@ class Present:
         rest = constant + unseen * host.unseen
         said += rest + streams * (chunks * (host.running + now.others))
         for row in now.beside:
-            said[row] = _weigh_first(weights, self._first(row, prompt_tokens, now))
+            own, queue, others, parts, turn, running, rounds = self._waits(row, prompt_tokens, now)
+            mine = prompt * own + beside * others + turns * (parts * turn)
+            mine += builds * (now.building * own)
+            mine += rest + streams * (parts * running)
+            waits = slot_turns * (rounds * turn) + slot_streams * (rounds * running)
+            said[row] = mine + (queued * queue + waits)
         return said
 
-    def _first(self, row: int, prompt_tokens: int, now: _Now) -> FirstToken:
+    def _waits(
+        self, row: int, prompt_tokens: int, now: _Now
+    ) -> tuple[float, float, float, int, float, int, float]:
+        """Of one level: its own prompt, the prompts before it, those of others (ms); chunks, a turn
+        between two of them (ms) and its sequences; turns to wait for a slot."""
         host, rate = now.host, self._prefill_ms[row]
         work, queue, tokens, rounds = prompt_tokens * rate, 0.0, prompt_tokens, 0.0
         busy = now.busy.get(row)
@@ -339,34 +349,27 @@ class Present:
             rounds = busy.rounds(prompt_tokens)
         # Behind the prompts before it, a short one costs no step of its own.
         work = max(work, self._alone_ms[row] - queue)
-        elsewhere = max(0.0, host.queue_ms - queue) + now.other_prompt_tokens * rate
-        chunks, turn, running = math.ceil(tokens / CHUNK_TOKENS), host.turn_ms, host.running
+        others = max(0.0, host.queue_ms - queue) + now.other_prompt_tokens * rate
+        turn, running = host.turn_ms, host.running
         if now.others:
             turn, running = turn + self._step_ms(now.others).item(row), running + now.others
+        chunks = -(-tokens // CHUNK_TOKENS)
+        return work, queue, min(work + queue, others), chunks, turn, running, rounds
+
+    def _first(self, row: int, prompt_tokens: int, now: _Now) -> FirstToken:
+        work, queue, others, chunks, turn, running, rounds = self._waits(row, prompt_tokens, now)
         return FirstToken(
             1.0,
             work,
             queue,
-            min(work + queue, elsewhere),
+            others,
             chunks * turn,
             chunks * running,
             rounds * turn,
             rounds * running,
-            host.unseen,
+            now.host.unseen,
             now.building * work,
         )
-
-
-def _weigh_first(weights: Weights, causes: FirstToken) -> float:
-    """Summed in the order in which arrays of levels are, to the same last bit."""
-    constant, prompt, queue, beside, turns, streams, slot_turns, slot_streams, unseen, builds = (
-        weights
-    )
-    said = prompt * causes.prompt + beside * causes.beside + turns * causes.turns
-    said += builds * causes.builds
-    said += (constant + unseen * causes.unseen) + streams * causes.streams
-    waits = slot_turns * causes.slot_turns + slot_streams * causes.slot_streams
-    return said + (queue * causes.queue + waits)
 
 
 def _slots(facts: LevelFacts) -> int:
