@@ -67,8 +67,8 @@ class Table:
         `default`; while a candidate for it is tried, perhaps the candidate.
 
         A caller whose key some policy lists may name only policies that list it: an operator who
-        binds a key to bounds must not be escaped by a name. Headers, metadata and paths are chosen
-        by the caller, so the policies that match them bind nobody.
+        binds a key to bounds must not be escaped by a name, at any hour. Headers, metadata and
+        paths are chosen by the caller, so the policies that match only them bind nobody.
 
         Raises:
             NotFound: no policy is called `named`; the message lists those that are.

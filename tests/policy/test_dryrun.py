@@ -28,6 +28,7 @@ LINE: dict[str, Any] = {
     "sla": {"ttft_ms": 300},
     "key": "team-a",
     "level": "int8",
+    "pinned": "int4",
     "path": "/v1/completions",
     "model": "m",
     "anything": {"else": 1},
@@ -50,7 +51,7 @@ class TestLog:
         first, second = read_trace(log(tmp_path, later, LINE))
         assert first == Arrival(
             0.0, 100, 20, Sla(ttft_ms=300), 64, 1_795_435_200.5, "team-a", "/v1/completions", "m",
-            "gold", "int8",
+            "gold", "int8", "int4",
         )  # fmt: skip
         assert (second.time_s, second.sla, second.level) == (1.5, Sla(), None)
 
@@ -112,6 +113,12 @@ class TestCompare:
         found = compare(mix, table(OLD), table(OLD), ladder(), None)
         assert found.changes == ()
         assert found.old.total == found.new.total
+
+    def test_a_pinned_level_stays_pinned(self) -> None:
+        pinned = [replace(one, pinned="sparse24") for one in CALM]
+        found = compare(pinned, table(OLD), table(FASTER), ladder(), "p")
+        assert found.changes == ()
+        assert {outcome.level for outcome in found.new.outcomes} == {"sparse24"}
 
     def test_refusals_are_changes(self) -> None:
         tight = Policy(name="p", memory_mb=1, on_miss="reject")
