@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -14,11 +15,12 @@ from hypothesis import strategies as st
 from gateway.policy.budget import Budget, Sla
 from gateway.policy.counterfactual import counterfactuals, told
 from gateway.policy.decide import Ask, Decision, decide
+from gateway.policy.moment import Moment
 from gateway.policy.policy import Policy
 from gateway.policy.predictor import Predictor
 from gateway.variants.variant import LadderSnapshot, State
 from tests.policy.ladders import ladder
-from tests.policy.test_decide_properties import ladders, policies, slas
+from tests.policy.test_decide_properties import NAMES, ladders, policies, slas
 
 RATIOS = ("max_ppl_ratio", "min_agreement")  # rounded to a thousandth; all else to three digits
 
@@ -52,6 +54,18 @@ def short_of(name: str, bound: float, start: float) -> float | None:
 
 def gets(decision: Decision, level: str) -> bool:
     return (decision.level or decision.build) == level and not decision.misses
+
+
+@st.composite
+def moments(draw: st.DrawFn) -> Moment:
+    """Others were promised something, or this kind of request had a level, more often than not."""
+    return Moment(
+        waited_ms=draw(st.just(0.0) | st.floats(0, 500)),
+        token_ms=draw(st.just(math.inf) | st.floats(5, 100)),
+        slack_ms=draw(st.just(math.inf) | st.floats(5, 2000)),
+        recent=draw(st.none() | st.sampled_from(NAMES)),
+        settling=draw(st.booleans()),
+    )
 
 
 def test_a_little_more_time_would_have_got_a_better_level() -> None:
@@ -109,11 +123,11 @@ def test_a_refusal_says_what_would_have_been_served() -> None:
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(snapshot=ladders(), policy=policies(), sla=slas(), prompt=st.integers(1, 3000))
+@given(ladders(), policies(), slas(), st.integers(1, 3000), moments())
 def test_every_claim_is_what_the_real_decision_does(
-    snapshot: LadderSnapshot, policy: Policy, sla: Sla, prompt: int
+    snapshot: LadderSnapshot, policy: Policy, sla: Sla, prompt: int, moment: Moment
 ) -> None:
-    ask, predict = Ask("m", prompt, 50, None, sla), Predictor().predict
+    ask, predict = Ask("m", prompt, 50, None, sla, moment), Predictor().predict
     decision, found = explained(snapshot, policy, ask)
 
     def under(policy: Policy, **bounds: float) -> Decision:
@@ -151,6 +165,25 @@ def test_every_claim_is_what_the_real_decision_does(
         then = under(policy, **{one["bound"]: one["at"]})
         assert (then.level or then.build) == one["level"] != decision.level
         assert then.action == one["action"]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(snapshot=ladders(), sla=slas(), freed=st.sets(st.sampled_from(sorted(Budget.model_fields))))
+def test_a_level_that_a_looser_budget_gets_is_claimed(
+    snapshot: LadderSnapshot, sla: Sla, freed: set[str]
+) -> None:
+    policy, predict = Policy(name="p", build=False), Predictor().predict
+    ask = Ask("m", 64, 50, None, sla)
+    decision, found = explained(snapshot, policy, ask)
+    loose = sla.model_copy(update=dict.fromkeys(freed))
+    then = decide(replace(ask, sla=loose), policy, snapshot, predict)
+    if then.action == "serve" and not then.misses and then.level != decision.level:
+        assert then.level is not None
+        event("claimed")
+        relaxed = of(found, then.level)["relaxed"]
+        assert relaxed is not None
+        assert set(relaxed["bounds"]) <= freed
+        assert of(found, then.level)["cheapest"] is not None
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
