@@ -212,12 +212,12 @@ class Case:
         facts, predicted = self.snapshot.levels[row], self.said[row]
         if needs_build(facts):
             predicted = predicted.warmed()
-        judged = self.costs(row)
+        judged = None if self.fits[row] else self.costs(row)
         return Option(
             facts=facts,
             predicted=predicted,
             judged=judged,
-            broken={} if self.fits[row] else excess(self.bounds, judged),
+            broken={} if judged is None else excess(self.bounds, judged),
             rank=int(self.standing.rank[row]),
             barrier=self.barrier(row),
         )

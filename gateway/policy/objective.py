@@ -26,7 +26,7 @@ class Option:
     Attributes:
         predicted: when used now (for a level that must be built: once it is in memory).
         judged: what its bounds are judged by: times that the promised share of answers keeps, from
-            the request's arrival on.
+            the request's arrival on; None: it keeps them all.
         broken: bounds it breaks, with the relative excess.
         rank: the policy's order of preference, for ties.
         barrier: why it cannot be used whatever its numbers are, or "".
@@ -34,7 +34,7 @@ class Option:
 
     facts: LevelFacts
     predicted: Prediction
-    judged: Costs
+    judged: Costs | None
     broken: Mapping[str, float]
     rank: int
     barrier: str = ""

@@ -138,17 +138,20 @@ def verdict(option: Option, bounds: Bounds, build_seconds: float) -> str:
     return "fits"
 
 
-def relaxed(bounds: Bounds, broken: Mapping[str, float], have: Costs) -> dict[str, float] | None:
+def relaxed(
+    bounds: Bounds, broken: Mapping[str, float], have: Costs | None
+) -> dict[str, float] | None:
     """`bounds` with the broken ones moved to what `have` keeps, rounded outwards; None when no
     number keeps one of them (a level whose quality is not finite)."""
     met: dict[str, float] = {}
     for name, bound in bounds:
-        value = getattr(have, name)
-        if name not in broken:
+        if name not in broken or have is None:
             met[name] = bound
-        elif not math.isfinite(value):
+            continue
+        value = getattr(have, name)
+        if not math.isfinite(value):
             return None
-        elif name == "min_agreement":
+        if name == "min_agreement":
             met[name] = math.floor(value * 1e4) / 1e4
         else:
             digits = 1e4 if name == "max_ppl_ratio" else 10.0
