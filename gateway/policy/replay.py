@@ -224,7 +224,7 @@ class _Run:
             self._ask(arrival, policy, most),
             policy,
             self.ladder.snapshot(),
-            self._predictor.under(policy.name),
+            self._predictor.under(policy.name, arrival.time_s),
         )
         tallies = (self.tallies[policy.name], self.total)
         for tally in tallies:
@@ -242,6 +242,7 @@ class _Run:
             return
         self.outcomes.append(Outcome(policy.name, level, decision.code))
         self._remember(decision, _kind(arrival, policy), level)
+        self._predictor.arrived(arrival.time_s)
         job = Job(arrival.time_s, arrival.prompt_tokens, arrival.output_tokens)
         self._decided[id(job)] = (most, decision)
         self.ladder.serve(level, job)
