@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 
 from gateway.engine.base import SamplingParams
 from gateway.engine.cuda import drawing
-from gateway.engine.device_sampler import draw_by_operations, kernel
+from gateway.engine.device_sampler import best, draw_by_operations, kernel
 from gateway.engine.sampler import COLDEST, RowState, pick
 
 _interpreted = pytest.mark.skipif(
@@ -71,3 +71,10 @@ def test_the_kernel_draws_what_the_host_draws(device: str, vocab: int, spread: f
 @_cuda
 def test_the_kernel_is_used() -> None:
     assert kernel() is not None
+
+
+@pytest.mark.parametrize("vocab", [128256, 40001])
+def test_the_best_of_wide_rows(device: str, vocab: int) -> None:
+    logits = torch.randn(3, vocab).round(decimals=1)  # the first of several equal ones
+    logits[2, vocab // 2] = float("nan")
+    assert best(logits.to(device)).tolist() == logits.argmax(-1).tolist()
