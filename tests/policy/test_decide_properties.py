@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from hypothesis import HealthCheck, assume, given, settings
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from gateway.engine.base import EngineStats
 from gateway.policy.budget import HARD, Budget, Objective, Sla
 from gateway.policy.decide import Ask, Decision, Verdict, decide
+from gateway.policy.moment import CALM, Moment
 from gateway.policy.policy import Policy
 from gateway.policy.predictor import Predictor
 from gateway.variants.card import Card
@@ -95,8 +97,10 @@ def run(
     sla: Sla,
     size: tuple[int, int] = (100, 100),
     pin: str | None = None,
+    *,
+    moment: Moment = CALM,
 ) -> Decision:
-    return decide(Ask("m", *size, pin, sla), policy, snapshot, Predictor().predict)
+    return decide(Ask("m", *size, pin, sla, moment), policy, snapshot, Predictor().predict)
 
 
 def verdict_of(decision: Decision, level: str) -> Verdict:
@@ -167,12 +171,23 @@ def test_every_input_gets_one_consistent_answer(
         assert policy.build or snapshot.level(decision.build).state is State.BUILDING  # type: ignore[union-attr]
 
 
+moments = st.builds(
+    Moment,
+    waited_ms=st.sampled_from([0.0, 50.0, 2000.0]),
+    token_ms=st.just(math.inf) | st.floats(2, 100),
+    slack_ms=st.just(math.inf) | st.floats(1, 2000),
+    expected=st.none() | st.floats(0, 1e5),
+    recent=st.none() | st.sampled_from(NAMES),
+    settling=st.booleans(),
+)
+
+
 @conditional
-@given(ladders(), policies(), slas(), sizes)
+@given(ladders(), policies(), slas(), sizes, moments)
 def test_hard_bounds_are_never_traded(
-    snapshot: LadderSnapshot, policy: Policy, sla: Sla, size: tuple[int, int]
+    snapshot: LadderSnapshot, policy: Policy, sla: Sla, size: tuple[int, int], moment: Moment
 ) -> None:
-    decision = run(snapshot, policy, sla, size)
+    decision = run(snapshot, policy, sla, size, moment=moment)
     assume(decision.action != "reject")
     level = decision.level if decision.action == "serve" else decision.build
     assert level is not None
@@ -188,6 +203,42 @@ def test_hard_bounds_are_never_traded(
         )
         in_use = snapshot.memory_used - idle
         assert in_use + facts.card.resident_bytes <= snapshot.memory_budget
+
+
+@conditional
+@given(ladders(), policies(), slas(), moments, st.none() | st.sampled_from(NAMES))
+def test_no_choice_breaks_the_promise_of_one_that_runs(
+    snapshot: LadderSnapshot, policy: Policy, sla: Sla, moment: Moment, pin: str | None
+) -> None:
+    size = (100, 100)
+    decision = run(snapshot, policy, sla, size, pin, moment=moment)
+    assume(decision.action == "serve")
+    assert decision.level is not None
+    assert decision.predicted is not None
+    assert decision.predicted.high(policy.confidence).tpot_ms <= moment.token_ms
+    facts = snapshot.level(decision.level)
+    assert facts is not None
+    rate = facts.card.prefill_tokens_per_s
+    assert not rate or 1000.0 / rate * size[0] <= moment.slack_ms * (1 + 1e-9)
+
+
+@conditional
+@given(ladders(), policies(), slas(), moments)
+def test_staying_keeps_what_is_promised(
+    snapshot: LadderSnapshot, policy: Policy, sla: Sla, moment: Moment
+) -> None:
+    """A steady choice is one that fits, and only there is it another than without a past."""
+    decision = run(snapshot, policy, sla, moment=moment)
+    without = replace(moment, recent=None, settling=False)
+    anew = run(snapshot, policy, sla, moment=without)
+    if decision.code == "steady":
+        assert decision.misses == ()
+        assert anew.code == "fits"
+        assert anew.level != decision.level
+    elif decision.code != "fits":  # (a level not loaded at another's cost is no other decision)
+        assert replace(decision, warm=None, build=None, reason="") == replace(
+            anew, warm=None, build=None, reason=""
+        )
 
 
 @settings(max_examples=100)
@@ -237,14 +288,16 @@ def test_what_is_served_as_fitting_is_the_best_that_fits(
 def test_a_looser_budget_never_gets_a_worse_level(
     snapshot: LadderSnapshot, policy: Policy, sla: Sla, data: st.DataObject
 ) -> None:
-    tight = run(snapshot, policy, sla)
+    """Without a past: another budget is another kind of request, and has a past of its own."""
+    moment = replace(data.draw(moments, label="moment"), recent=None, settling=False)
+    tight = run(snapshot, policy, sla, moment=moment)
     assume(tight.action != "reject" and not tight.misses)
     looser: dict[str, float | None] = {}
     for name, bound in sla.bounds():
         low, high = RANGES[name]
         bounds = (low, bound) if name == "min_agreement" else (bound, high * 2)
         looser[name] = data.draw(st.none() | st.floats(*bounds), label=name)
-    loose = run(snapshot, policy, sla.model_copy(update=looser))
+    loose = run(snapshot, policy, sla.model_copy(update=looser), moment=moment)
     assert loose.action != "reject"
     assert loose.misses == ()
     had, got = tight.level or tight.build, loose.level or loose.build
