@@ -195,9 +195,11 @@ class Case:
 
     def barrier(self, row: int) -> str:
         name = self.standing.name(row, not self.roomy[row])
-        if not name and self.harmless is not None and not self.harmless[row]:
-            return "promises"
-        return name
+        return "promises" if not name and self.harmful(row) else name
+
+    def harmful(self, row: int) -> bool:
+        """Would one more sequence at a level break the promise of one that runs?"""
+        return self.harmless is not None and not self.harmless[row]
 
     def costs(self, row: int, *, warm: bool = False, delay_ms: float = 0.0) -> Costs:
         """What a level's bounds are judged by; `warm`: once it is in memory, after `delay_ms`."""

@@ -103,8 +103,9 @@ def _pinned(case: Case, level: str) -> Decision:
         reason = sentences.refused(option, case.policy.name)
         retry = _tried_again_in(option) if option.barrier == "failed" else None
         return case.reject(REFUSED_PINS[option.barrier], reason, retry=retry)  # (1a)
-    if option.barrier in ("draining", "promises"):
-        reason = f"{level} is {BARRIERS[option.barrier]}."
+    if option.barrier == "draining" or case.harmful(row):
+        why = "draining" if option.barrier == "draining" else "promises"
+        reason = f"{level} is {BARRIERS[why]}."
         return case.reject("busy", reason, retry=RETRY_SECONDS[0])  # (1c)
     if option.facts.loadable:
         return case.serve(row, "pinned")  # (1b); the pool makes room or refuses

@@ -487,8 +487,13 @@ def _pinned(case: Case, level: str) -> Decision:
         reason = sentences.refused(option, case.policy.name)
         retry = _tried_again_in(option) if option.barrier == "failed" else None
         return case.reject(REFUSED_PINS[option.barrier], reason, retry=retry)  # (1a)
-    if option.barrier in ("draining", "promises"):
-        reason = f"{level} is {BARRIERS[option.barrier]}."
+    prediction = case.predictions[
+        next(row for row, facts in enumerate(case.snapshot.levels) if facts is option.facts)
+    ]
+    harmful = _harmful(case.ask, case.policy, option.facts, prediction)
+    if option.barrier == "draining" or harmful:
+        why = "draining" if option.barrier == "draining" else "promises"
+        reason = f"{level} is {BARRIERS[why]}."
         return case.reject("busy", reason, retry=RETRY_SECONDS[0])  # (1c)
     if option.facts.loadable:
         return case.serve(option, "pinned")  # (1b); the pool makes room or refuses
