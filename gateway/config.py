@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +20,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    field_validator,
     model_validator,
 )
 from pydantic_settings import (
@@ -257,8 +258,18 @@ class Settings(BaseSettings):
             twice = {v for v in values if values.count(v) > 1}
             if twice:
                 raise ValueError(f"{name}: given twice: {', '.join(sorted(twice))}")
-        _check_extends(self.policies)
         return self
+
+    @field_validator("policies")
+    @classmethod
+    def _chains(cls, policies: tuple[Policy, ...]) -> tuple[Policy, ...]:
+        named = {policy.name: policy for policy in (DEFAULT_POLICY, *policies)}
+        for policy in named.values():
+            try:
+                lineage(policy, named)
+            except BrokenChain as error:
+                raise ValueError(f"{error.name}: extends: {error}") from None
+        return policies
 
     @classmethod
     def settings_customise_sources(
@@ -270,19 +281,6 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, YamlConfigSettingsSource(settings_cls)
-
-
-def _check_extends(policies: Iterable[Policy]) -> None:
-    """
-    Raises:
-        ValueError: a policy extends none that there is, or in the end itself.
-    """
-    named = {policy.name: policy for policy in (DEFAULT_POLICY, *policies)}
-    for policy in named.values():
-        try:
-            lineage(policy, named)
-        except BrokenChain as error:
-            raise ValueError(f"policies: {policy.name}: extends: {error}") from None
 
 
 def load_settings(file: Path | None = None, **flags: Any) -> Settings:
@@ -305,7 +303,10 @@ def load_settings(file: Path | None = None, **flags: Any) -> Settings:
             variable = _PREFIX + "__".join(map(str, item["loc"])).upper()
             if item["type"] == "extra_forbidden" and variable in map(str.upper, os.environ):
                 raise _unknown_variable(variable) from None
-        raise ConfigError(_explain(error, file), param=_path(error.errors()[0]["loc"])) from None
+        given = {name.upper() for name, value in flags.items() if value is not None}
+        raise ConfigError(
+            _explain(error, file, given), param=_path(error.errors()[0]["loc"])
+        ) from None
     except OSError as error:
         raise ConfigError(f"--config: {file}: {error.strerror}", param="config") from None
     except SettingsError as error:  # a ValueError of its own: only the environment raises it
@@ -354,6 +355,34 @@ def _path(loc: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in loc) or "config"
 
 
-def _explain(error: ValidationError, file: Path | None) -> str:
-    lines = [f"{_path(item['loc'])}: {item['msg']}" for item in error.errors()]
+def _explain(error: ValidationError, file: Path | None, flags: set[str]) -> str:
+    lines, overridden = [], flags | _overriding()
+    for item in error.errors():
+        inside = file is not None and item["loc"] and str(item["loc"][0]).upper() not in overridden
+        line = _line(file, item["loc"]) if file is not None and inside else None
+        where = _path(item["loc"]) + (f" (line {line})" if line is not None else "")
+        lines.append(f"{where}: {item['msg'].removeprefix('Value error, ')}")
     return f"{file or 'configuration'}: " + "; ".join(lines)
+
+
+def _line(file: Path, loc: tuple[int | str, ...]) -> int | None:
+    """The line of a key in the file, or of the innermost thing around it; None: not in there."""
+    node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    line: int | None = None
+    for step in loc:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == step]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+            found = [(item, item) for item in node.value[step : step + 1]]
+        else:
+            found = []
+        if not found:
+            break
+        line, node = found[-1][0].start_mark.line + 1, found[-1][1]
+    return line
+
+
+def _overriding() -> set[str]:
+    """Settings that the environment gives, upper case."""
+    names = (name.upper() for name in os.environ)
+    return {n.removeprefix(_PREFIX).split("__")[0] for n in names if n.startswith(_PREFIX)}

@@ -137,6 +137,37 @@ def test_a_config_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert complaint("levels", "--config", str(tmp_path)).startswith(f"--config: {tmp_path}: ")
 
 
+POLICIES = """\
+port: 8000
+policies:
+  - name: a
+    match:
+      hours: {zone: Mars}
+  - name: b
+    ttft_ms: -3
+"""
+
+
+def test_faults_of_a_config_are_told_with_their_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "pressgate.yaml"
+    file.write_text(POLICIES)
+    said = complaint("levels", "--config", str(file))
+    assert "policies.0.match.hours.zone (line 5): no timezone 'Mars'" in said
+    assert "policies.1.ttft_ms (line 7): Input should be greater than 0" in said
+    file.write_text("port: 8000\npolicies:\n  - {name: a, extends: b}\n")
+    said = complaint("levels", "--config", str(file))
+    assert "policies (line 2): a: extends: no policy 'b'; there are: a, default" in said
+    monkeypatch.setenv("PRESSGATE_PORT", "99999999")
+    file.write_text("port: 8000\n")
+    said = complaint("levels", "--config", str(file))
+    assert "port: Input" in said, "the file is not at fault"
+    monkeypatch.delenv("PRESSGATE_PORT")
+    with pytest.raises(ConfigError, match="port: Input"):
+        load_settings(file, port=99999999)
+
+
 # -- the environment ------------------------------------------------------------------------------
 
 
