@@ -23,7 +23,7 @@ _FULLEST: Final = 0.9  # share of the cores that arrivals are taken to need at m
 # Weights before anything was learned. What the host does per token and per request besides the
 # model is not on a card: it is learned from nothing.
 TTFT_PRIOR: Final = (0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 0.1)
-TPOT_PRIOR: Final = (1.0, 1.0, 1.0, 0.0, 0.0, 0.3, 0.0, 0.1)
+TPOT_PRIOR: Final = (1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0, 0.1)
 TTFT_MOST: Final = (500.0, 20.0, 20.0, 20.0, 20.0, 20.0, 20.0, 20.0, 500.0, 20.0)
 TPOT_MOST: Final = (20.0, 20.0, 20.0, 20.0, 50.0, 20.0, 20.0, 20.0)
 
