@@ -335,6 +335,9 @@ def test_a_log_can_be_replayed(tmp_path: Path) -> None:
             events = stream.iter_lines()  # held: one that is dropped closes the stream
             next(events)
             assert other.post(TEXT, json=BODY).status_code == 429
+            running = other.get(f"/v1/decisions/{stream.headers['x-pressgate-decision']}").json()
+            assert running["decision"]["level"] == "bf16"
+            assert running["result"] is None
     lines = [json.loads(text) for text in log.read_text().splitlines()]
     assert [entry["code"] for entry in lines] == [200, 422, 429, 499]
     assert len({tuple(sorted(entry)) for entry in lines}) == 1, "the same fields in every line"
