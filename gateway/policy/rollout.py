@@ -51,7 +51,6 @@ class _Trial:
     version: int
     shared: Counts = field(default_factory=Counts)
     own: Counts = field(default_factory=Counts)
-    over: bool = False
 
     @property
     def counts(self) -> Counts:
@@ -75,6 +74,8 @@ class Rollouts:
         self._trials: dict[str, _Trial] = {}
         self._arms: dict[int, tuple[_Trial, Arm]] = {}  # by identity: arms may be equal
         self._sharing: asyncio.Task[None] | None = None
+        self._observed = 0
+        self._busy = asyncio.Lock()  # what is being sent must not be sent twice
 
     async def load(self) -> None:
         """Read what was counted before, and follow what other replicas count."""
@@ -84,8 +85,8 @@ class Rollouts:
 
     async def close(self) -> None:
         """Share what is counted."""
-        if self._sharing is not None:
-            self._sharing.cancel()
+        if self._sharing is not None and not self._busy.locked():
+            self._sharing.cancel()  # it sleeps
         await self.share()
 
     def follow(self, splits: Mapping[str, tuple[Split, int]]) -> None:
@@ -109,6 +110,7 @@ class Rollouts:
             return
         trial, arm = found
         trial.own = trial.own.counting(arm, met=met)
+        self._observed += 1
         self._on_outcome(policy.name, arm, met)
         if self._sharing is None or self._sharing.done():
             self._sharing = asyncio.create_task(self._share_soon())
@@ -132,20 +134,25 @@ class Rollouts:
 
     async def share(self) -> None:
         """Add what is counted here to the shared documents, and end what attains too little."""
-        for name, trial in list(self._trials.items()):
-            await self._add(name, trial)
-            if trial.over or state_of(trial.split.plan, trial.counts) != "falls":
-                continue
-            trial.over = True
-            try:
-                await self._fallback(name, trial.version, _why(trial.counts))
-            except PressgateError as error:
-                trial.over = False  # tried again with the next outcomes
-                log.error("policy %s: %s", name, error.message)
+        async with self._busy:
+            for name, trial in list(self._trials.items()):
+                await self._add(name, trial)
+                if state_of(trial.split.plan, trial.counts) == "falls":
+                    await self._end(name, trial)
+
+    async def _end(self, name: str, trial: _Trial) -> None:
+        try:
+            await self._fallback(name, trial.version, _why(trial.counts))
+        except PressgateError as error:  # tried again with the next outcomes
+            log.error("policy %s: %s", name, error.message)
 
     async def _share_soon(self) -> None:
-        await asyncio.sleep(SHARE_SECONDS)
-        await self.share()
+        """Until nothing comes in meanwhile."""
+        seen = -1
+        while seen != self._observed:
+            await asyncio.sleep(SHARE_SECONDS)
+            seen = self._observed
+            await self.share()
 
     async def _add(self, name: str, trial: _Trial) -> None:
         sent = trial.own

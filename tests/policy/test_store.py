@@ -13,6 +13,7 @@ import pytest
 from cache.documents import Documents
 from cache.redis import RedisStore
 from gateway.errors import Conflict, Forbidden, InvalidRequest, NotFound, Unavailable
+from gateway.policy import rollout
 from gateway.policy.canary import Counts, Plan, Tally
 from gateway.policy.matching import RequestFacts
 from gateway.policy.parse import parse_policy
@@ -383,6 +384,41 @@ async def test_counts_survive_a_restart_and_end_the_candidate(store: Store) -> N
     assert (last.kind, last.author, last.of) == ("fallback", "pressgate", 1)
     assert last.comment == "attainment 20.0% of 35 requests against 100.0% of 300"
     assert restarted.get("p") == base
+
+
+async def test_nothing_is_counted_twice(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often and from wherever outcomes are shared, and when the end comes meanwhile."""
+    monkeypatch.setattr(rollout, "SHARE_SECONDS", 0.0)
+    base = Policy(name="p", ttft_ms=5)
+    policies = store(base)
+    await policies.load()
+    await policies.start_canary(Policy(name="p", ttft_ms=3), Plan())
+    for _ in range(10):
+        outcomes(policies, "stable", 3, 1)
+        outcomes(policies, "canary", 4, 0)
+        await asyncio.gather(*(policies.rollouts.share() for _ in range(3)))
+        outcomes(policies, "stable", 1, 0)
+        await asyncio.sleep(0)
+    outcomes(policies, "canary", 1, 0)
+    await asyncio.sleep(0.001)
+    await policies.close()
+    restarted = store(base)
+    await restarted.load()
+    assert restarted.rollouts.counts("p") == Counts(Tally(50, 40), Tally(41, 41))
+
+
+async def test_what_comes_in_while_others_are_shared_is_shared_too(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "SHARE_SECONDS", 0.001)
+    here, there = store(Policy(name="p", ttft_ms=5)), store(Policy(name="p", ttft_ms=5))
+    await here.load()
+    await there.load()
+    await here.start_canary(Policy(name="p", ttft_ms=3), Plan())
+    for _ in range(200):
+        outcomes(here, "stable", 1, 0)
+        await asyncio.sleep(0)
+    await eventually(lambda: there.rollouts.counts("p").stable == Tally(200, 200))
 
 
 async def test_a_new_candidate_is_counted_anew(store: Store) -> None:
