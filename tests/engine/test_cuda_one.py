@@ -44,13 +44,13 @@ def value(found: Digits) -> Tensor:
     return (planes * scales).sum(0, keepdim=True)
 
 
-@pytest.mark.parametrize("parts", [0, 1, 3])
+@pytest.mark.parametrize("added", [True, False])
 @pytest.mark.parametrize(("n", "group"), [(256, 128), (384, 128), (96, 32)])
-def test_a_norm_in_digits(device: str, parts: int, n: int, group: int) -> None:
+def test_a_norm_in_digits(device: str, added: bool, n: int, group: int) -> None:
     x = torch.randn(1, n, device=device) * torch.exp(torch.randn(1, n, device=device) * 2)
-    delta = torch.randn(parts, n, device=device) if parts else None
+    delta = torch.randn(1, n, device=device) if added else None
     norm = Norm(torch.rand(n, device=device) + 0.5, 1e-5)
-    total = x.double() + (0.0 if delta is None else delta.double().sum(0))
+    total = x.double() + (0.0 if delta is None else delta.double())
     found = digits.add_norm(x, delta, norm, group)
     assert error(x, total) < 1e-6
     assert error(value(found), rms(total, norm).cpu()) < 1e-6
@@ -149,14 +149,14 @@ def _call(form: LinearForm, device: str, bias: Tensor | None) -> PackedCall:
     return PackedCall(layer.packed(), columns, layer.in_features, layer.bias)
 
 
-@pytest.mark.parametrize("splits", [1, 2])
+@pytest.mark.parametrize("pieces", [1, 2])  # two: not all columns come out even
 @pytest.mark.parametrize("kind", PRODUCTS)
 def test_products_of_codes_and_digits(
-    device: str, kind: str, splits: int, monkeypatch: pytest.MonkeyPatch
+    device: str, kind: str, pieces: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form, group = PRODUCTS[kind]
     for name in ("_FOUR_DIGITS", "_EIGHT_DIGITS"):
-        monkeypatch.setattr(codes, name, (DigitTiling(4, 2, 64, 1, splits),) * 5)
+        monkeypatch.setattr(codes, name, (DigitTiling(4, pieces, 64, 1),) * 5)
     bias = torch.randn(form.shape[0]).bfloat16()
     call = _call(form, device, bias)
     assert call.group == group
@@ -166,10 +166,7 @@ def test_products_of_codes_and_digits(
     x = (torch.randn(1, form.shape[1]) * torch.exp(torch.randn(1, form.shape[1]))).to(device)
     row = digits.add_norm(x, None, Norm(torch.ones(form.shape[1], device=device), 1e-5), group)
     wanted = value(row) @ weight.T + bias.double()
-    found = call.one(row, parts=splits > 1)
-    assert error(found.cpu().double().sum(0, keepdim=True), wanted) < 6e-3
-    if len(found) > 1:  # not rounded
-        assert error(found.cpu().double().sum(0, keepdim=True), wanted) < 1e-5
+    assert error(call.one(row).cpu(), wanted) < 6e-3
 
 
 def test_a_token_in_digits_that_is_not_finite(device: str) -> None:

@@ -31,7 +31,7 @@ def _add_norm(
     N: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    PARTS: tl.constexpr,
+    ADD: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     group = tl.arange(0, ROWS)
@@ -40,9 +40,8 @@ def _add_norm(
     weight = tl.load(weight_ptr + at, live, other=0.0).to(tl.float32)
     await_inputs(EARLY)
     x = tl.load(x_ptr + at, live, other=0.0).to(tl.float32)
-    if PARTS:
-        for part in tl.static_range(PARTS):
-            x += tl.load(delta_ptr + part * N + at, live, other=0.0).to(tl.float32)
+    if ADD:
+        x += tl.load(delta_ptr + at, live, other=0.0).to(tl.float32)
         kept = x.to(x_ptr.dtype.element_ty)
         tl.store(x_ptr + at, kept, live)
         x = kept.to(tl.float32)  # what the next layers will read
@@ -75,11 +74,7 @@ def _gated(
 
 
 def add_norm(x: Tensor, delta: Tensor | None, norm: Norm, group: int) -> Digits:
-    """`kernels.add_norm` of one row [1, n], n a multiple of `group`, as digits.
-
-    Args:
-        delta: [parts, n] contiguous, all to be added, or None.
-    """
+    """`kernels.add_norm` of one row [1, n], n a multiple of `group`, as digits."""
     n = x.shape[1]
     out = make_digits(n, group, x.device)
     rows = triton.next_power_of_2(n // group)
@@ -92,7 +87,7 @@ def add_norm(x: Tensor, delta: Tensor | None, norm: Norm, group: int) -> Digits:
         N=n,
         ROWS=rows,
         GROUP=group,
-        PARTS=0 if delta is None else len(delta),
+        ADD=delta is not None,
         num_warps=min(16, max(1, rows * group // 256)),
         **early(x),
     )

@@ -162,8 +162,7 @@ class CudaRunner:
         Args:
             ask: computes queries, keys and values of a layer, stores these in its pool and
                 attends.
-            one: for one row, given on as digits where linears take them; what is still to be added
-                may then be several rows, in parts.
+            one: for one row, given on as digits where linears take them.
         """
         x: Tensor = self._parts.embed(ids)
         delta: Tensor | None = None
@@ -196,8 +195,6 @@ def _normed(
     """The norm of x + delta, which stays in x; as digits if the reader of one row takes them."""
     if reader is not None and reader.group and x.dtype is torch.bfloat16:
         return digits.add_norm(x, delta, norm, reader.group)
-    if delta is not None and len(delta) != len(x):
-        delta = delta.sum(0, keepdim=True)
     return kernels.add_norm(x, delta, norm)
 
 
@@ -206,7 +203,7 @@ def _layer(block: Block, rotary: Rotary, dtype: torch.dtype) -> _Layer:
     norms = None
     if attention.query_norm is not None and attention.key_norm is not None:
         norms = attention.query_norm, attention.key_norm
-    output = Single(attention.output, parts=True)
+    output = Single(attention.output)
     heads = attention.heads, attention.kv_heads, attention.dim
     bfloat = dtype is torch.bfloat16
     whole = bfloat and output.group and attend_one.splits_into(*heads, output.group)

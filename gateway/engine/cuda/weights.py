@@ -26,15 +26,12 @@ from gateway.engine.kernels.triton_digits import Digits, Heads
 class Single:
     """`single(x)` is `module(x)`; one row of a dense weight by a kernel of ours.
 
-    Args:
-        parts: of digits, several rows may come back that are still to be added up.
-
     Attributes:
         group: of the digits that it takes for one row; 0: it takes numbers only.
     """
 
-    def __init__(self, module: nn.Module, *, parts: bool = False) -> None:
-        self._module, self._parts = module, parts
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
         self._dense = module if type(module) is nn.Linear else None
         self._one = one_token(module)
         self.group = 0 if self._one is None else self._one.group
@@ -42,7 +39,7 @@ class Single:
     def __call__(self, x: Tensor | Digits) -> Tensor:
         if isinstance(x, Digits):
             assert self._one is not None, "digits are made for a layer that takes them"
-            return self._one.one(x, parts=self._parts)
+            return self._one.one(x)
         if self._dense is not None and x.shape[0] == 1:
             return matvec(x, self._dense.weight, self._dense.bias)
         out: Tensor = self._module(x)
@@ -97,7 +94,7 @@ class Gated:
 
     def __init__(self, mlp: GatedMlp) -> None:
         self._inner = Joined([mlp.gate, mlp.up])
-        self._down = Single(mlp.down, parts=True)
+        self._down = Single(mlp.down)
         self._activation = mlp.activation
         self.group = self._inner.group
 

@@ -69,14 +69,12 @@ class DigitTiling:
         pieces: chunks that a warp takes at once.
         chunk: columns of a chunk.
         blocks: groups of 32 rows.
-        splits: programs that share the columns of the same rows, whose sums are added up later.
     """
 
     warps: int
     pieces: int
     chunk: int
     blocks: int
-    splits: int = 1
 
 
 def packed_tiling(codes: Codes, rows: int) -> Tiling | None:
@@ -105,16 +103,16 @@ def digit_group(codes: Codes) -> int:
     return next((g for g in (128, 64, 32) if g >= finest and not codes.width % g), 0)
 
 
-def digit_tiling(codes: Codes, *, parts: bool) -> DigitTiling:
-    """The measured choice for one token of a weight with a `digit_group`; `parts`: with splits."""
+def digit_tiling(codes: Codes) -> DigitTiling:
+    """The measured choice for one token of a weight with a `digit_group`."""
     table = _FOUR_DIGITS if sum(codes.widths) <= 4 else _EIGHT_DIGITS
     size = _size(codes.n) + 1 if codes.n > _SMALL * 32 or codes.k > 2 * codes.n else 0
     if -(-codes.n // 32) > _LARGE:
         size += 1
-    return _fitted(codes, table[size], parts=parts)
+    return _fitted(codes, table[size])
 
 
-def _fitted(codes: Codes, wanted: DigitTiling, *, parts: bool) -> DigitTiling:
+def _fitted(codes: Codes, wanted: DigitTiling) -> DigitTiling:
     chunk = digit_group(codes)
     centred = codes.zeros is None and codes.offset == 128.0 and codes.widths == (8,)
     if centred and wanted.chunk < chunk:  # else a chunk must be a group, for its sum
@@ -123,10 +121,7 @@ def _fitted(codes: Codes, wanted: DigitTiling, *, parts: bool) -> DigitTiling:
     warps = _warps(wanted.warps, chunks)
     while pieces > 1 and warps * pieces > chunks:
         pieces //= 2
-    splits = wanted.splits if parts else 1
-    while splits > 1 and chunks % (warps * pieces * splits):
-        splits //= 2
-    return DigitTiling(warps, pieces, chunk, wanted.blocks, splits)
+    return DigitTiling(warps, pieces, chunk, wanted.blocks)
 
 
 def bytes_tiling(n: int, k: int, rows: int) -> Tiling | None:

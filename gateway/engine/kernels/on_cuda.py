@@ -71,13 +71,13 @@ class PackedCall:
             out = self._thin.product(rows, codes, self._bias, tiling, early=early)
         return out.view(*x.shape[:-1], codes.n)
 
-    def one(self, digits: Any, *, parts: bool = False, heads: Any = None) -> Tensor:
+    def one(self, digits: Any, *, heads: Any = None) -> Tensor:
         """bf16 [1, N] of one token as digits (`triton_digits.Digits`) in groups of `group`.
 
-        `parts`: may also be float32 [n, N], to be added up; `heads`: see `triton_digits.product`.
+        `heads`: see `triton_one.product`.
         """
         codes = self._codes
-        tiling = digit_tiling(codes, parts=parts)
+        tiling = digit_tiling(codes)
         out: Tensor = self._one.product(
             digits, codes, self._bias, tiling, heads=heads, early=self._early
         )

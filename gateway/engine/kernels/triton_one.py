@@ -167,7 +167,7 @@ def _store_heads(  # noqa: PLR0917
 
 
 @triton.jit(do_not_specialize=["n", "k8", "blocks", "groups", "chunks", "per_group"])
-def _product(  # noqa: PLR0912, PLR0915, PLR0917
+def _product(  # noqa: PLR0912, PLR0917
     digits,
     digit_grid,
     plane0,
@@ -210,28 +210,25 @@ def _product(  # noqa: PLR0912, PLR0915, PLR0917
 ):
     pair = tl.program_id(0) * NB
     ZEROS: tl.constexpr = zeros is not None
-    part = tl.program_id(1)
-    share = chunks // tl.num_programs(1)
-    begin = part * share
-    w0 = load_codes(plane0, pair, blocks, begin, chunks, W0, S, C, NB, EVEN, HALF)
+    w0 = load_codes(plane0, pair, blocks, 0, chunks, W0, S, C, NB, EVEN, HALF)
     w1 = w0
     w2 = w0
     if W1:
-        w1 = load_codes(plane1, pair, blocks, begin, chunks, W1, S, C, NB, EVEN, HALF)
+        w1 = load_codes(plane1, pair, blocks, 0, chunks, W1, S, C, NB, EVEN, HALF)
     if W2:
-        w2 = load_codes(plane2, pair, blocks, begin, chunks, W2, S, C, NB, EVEN, HALF)
-    steps = load_grid(scales, pair, blocks, groups, begin, per_group, PER, S, NB, HALF)
+        w2 = load_codes(plane2, pair, blocks, 0, chunks, W2, S, C, NB, EVEN, HALF)
+    steps = load_grid(scales, pair, blocks, groups, 0, per_group, PER, S, NB, HALF)
     points = steps
     if ZEROS:
-        points = load_grid(zeros, pair, blocks, groups, begin, per_group, PER, S, NB, HALF)
+        points = load_grid(zeros, pair, blocks, groups, 0, per_group, PER, S, NB, HALF)
     if EARLY:  # weights do not depend on the kernel before
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
     total = _chunk(
-        w0, w1, w2, steps, points, digits, digit_grid, k8, begin, chunks, offset,
+        w0, w1, w2, steps, points, digits, digit_grid, k8, 0, chunks, offset,
         W0, W1, W2, F0, F1, ZERO, ZEROS, CENTRED, PER, DIGIT_PER, S, C, NB, EVEN, ASM,
     )  # fmt: skip
-    for chunk in range(begin + S, begin + share, S):
+    for chunk in range(S, chunks, S):
         w0 = load_codes(plane0, pair, blocks, chunk, chunks, W0, S, C, NB, EVEN, HALF)
         w1 = w0
         w2 = w0
@@ -261,12 +258,11 @@ def _product(  # noqa: PLR0912, PLR0915, PLR0917
     q = tl.arange(0, 4)[None, None, None, None, :]
     column = block(pair + nb, b, HALF) * 16 + q * 4 + t * 2 + rh
     if bias is not None:
-        first = (column < n) & (part == 0)
-        sums += tl.load(bias + column, mask=first, other=0.0).to(tl.float32)
+        sums += tl.load(bias + column, mask=column < n, other=0.0).to(tl.float32)
     if HALF:
         _store_heads(sums, pair, out, turns, write, keys, values, NB, HALF, HEADS, KV_HEADS)
     else:
-        tl.store(out + part * n + column, sums.to(out.dtype.element_ty), mask=column < n)
+        tl.store(out + column, sums.to(out.dtype.element_ty), mask=column < n)
 
 
 def product(
@@ -280,14 +276,12 @@ def product(
 ) -> Tensor:
     """The token times a weight with a `digit_group`, plus the bias.
 
-    bf16 [1, N]; where the tiling has several splits, float32 [splits, N] to be added up. With
-    `heads`, turned queries bf16 [1, heads · dim]; keys and values are in the pool then.
+    bf16 [1, N]; with `heads`, turned queries bf16 [1, heads · dim]; keys and values are in the pool
+    then.
     """
     blocks, groups, _ = codes.scales.shape
-    many, device = tiling.splits > 1, codes.scales.device
-    dtype = torch.float32 if many else torch.bfloat16
     n = codes.n if heads is None else heads.heads * heads.dim
-    out = torch.empty(tiling.splits, n, dtype=dtype, device=device)
+    out = torch.empty(1, n, dtype=torch.bfloat16, device=codes.scales.device)
     planes = codes.planes
     widths = codes.widths + (0,) * (3 - len(planes))
     factors = codes.factors + (1,) * (3 - len(planes))
@@ -297,7 +291,7 @@ def product(
     chunks = codes.k // tiling.chunk
     per_group = codes.width // tiling.chunk
     at_once = tiling.warps * tiling.pieces
-    _product[(triton.cdiv(blocks, 2 * tiling.blocks), tiling.splits)](
+    _product[(triton.cdiv(blocks, 2 * tiling.blocks),)](
         *digits,
         planes[0],
         planes[min(1, len(planes) - 1)],
@@ -324,7 +318,7 @@ def product(
         S=at_once,
         C=tiling.chunk,
         NB=tiling.blocks,
-        EVEN=not chunks % (at_once * tiling.splits),
+        EVEN=not chunks % at_once,
         HALF=0 if heads is None else heads.dim // 32,
         HEADS=0 if heads is None else heads.heads,
         KV_HEADS=0 if heads is None else heads.kv_heads,
