@@ -91,7 +91,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
             from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
             config = dict(_FAMILIES[family])
-            torch.manual_seed(len(made))
+            torch.manual_seed(FAMILIES.index(family))  # whatever was made before
             model = AutoModelForCausalLM.from_config(
                 CONFIG_MAPPING[config.pop("model_type")](**config, initializer_range=0.3)
                 if family not in {"opt"}
