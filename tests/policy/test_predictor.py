@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.engine.base import EngineStats
-from gateway.policy.predictor import Prediction, Predictor
+from gateway.policy.prediction import Prediction
+from gateway.policy.predictor import Predictor
 from gateway.variants.card import Card
 from gateway.variants.variant import LadderSnapshot, State
 from tests.policy.ladders import CARDS, busy, ladder, with_level
