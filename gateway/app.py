@@ -30,6 +30,7 @@ from gateway.api.deps import Services
 from gateway.api.front import FrontMiddleware
 from gateway.api.limits import BodyLimitMiddleware
 from gateway.api.problems import install_error_handlers
+from gateway.checks import check_memory, check_speculate, check_texts
 from gateway.config import BUILTIN, DEFAULT_LEVELS, LADDERS, SPECULATE, Model, Settings
 from gateway.errors import ConfigError, ModelError, PressgateError
 from gateway.metrics import Metrics, Tier
@@ -45,7 +46,6 @@ from gateway.variants.fake_backend import FakeBackend
 from gateway.variants.local_backend import LocalBackend
 from gateway.variants.pool import VariantPool
 from gateway.variants.shared import Runtime, Shared
-from gateway.variants.worth import occupied
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ async def open_backends(settings: Settings) -> AsyncIterator[Parts]:
     Raises:
         ConfigError, ModelError: the configuration or a model cannot be used.
     """
-    await asyncio.to_thread(_check_texts, settings)
+    await asyncio.to_thread(check_texts, settings)
     metrics = Metrics()
     async with AsyncExitStack() as stack:
         redis = _redis(settings, metrics)
@@ -137,7 +137,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
         )
         stack.push_async_callback(pool.close)
         await pool.open()
-        _check_memory(settings, parts.backends)
+        check_memory(settings, parts.backends)
         for model in settings.models:
             for level in model.pinned:
                 pool.keep(model.id, level)
@@ -214,66 +214,6 @@ def _quotas(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> Quot
     return Quotas(quotas, counters, on_refusal=metrics.quota_refused)
 
 
-def _check_texts(settings: Settings) -> None:
-    """A text file that cannot be read is said at start, not by the first build.
-
-    Raises:
-        ConfigError.
-    """
-    for name in ("calibration", "eval_text"):
-        file = getattr(settings.build, name)
-        try:
-            if file is not None:
-                file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"build.{name}: {file}: not UTF-8: {error.reason}", param=name
-            ) from None
-        except OSError as error:
-            raise ConfigError(f"build.{name}: {file}: {error.strerror}", param=name) from None
-
-
-def _check_memory(settings: Settings, backends: tuple[Backend, ...]) -> None:
-    """A budget that cannot hold a model's own weights would never become ready.
-
-    Raises:
-        ConfigError: with the budget that would do.
-    """
-    budget, share = settings.memory_budget, settings.engine.kv_fraction
-    always: list[tuple[str, int]] = []
-    for model, backend in zip(settings.models, backends, strict=True):
-        _check_pinned(model, backend)
-        always += [
-            (f"{model.id}@{backend.memory(level)}", backend.load_bytes(level))
-            for level in model.pinned
-        ]
-        level = backend.default_level
-        default = (f"{model.id}@{backend.memory(level)}", backend.load_bytes(level))
-        weights = occupied([*always, default])
-        if weights > budget * (1 - share):
-            beside = f" beside {', '.join(model.pinned)}" if model.pinned else ""
-            raise ConfigError(
-                f"memory_budget: {budget / 1e6:.0f} MB is too little for {backend.model}: "
-                f"{level}{beside} weighs {weights / 1e6:.0f} MB and {share:.0%} of the "
-                f"budget is KV cache; set at least {weights / (1 - share) / 1e6 + 1:.0f} MB",
-                param="memory_budget",
-            )
-
-
-def _check_pinned(model: Model, backend: Backend) -> None:
-    """
-    Raises:
-        ConfigError: a pinned level is not in the model's ladder.
-    """
-    known = [spec.level for spec in backend.ladder()]
-    for level in model.pinned:
-        if level not in known:
-            raise ConfigError(
-                f"models.pinned: {level!r} is no level of {model.id}; there is {', '.join(known)}",
-                param="models.pinned",
-            )
-
-
 def _conditions(settings: Settings, runtime: Runtime) -> str:
     """What a card measured here depends on besides the artifact."""
     text = settings.build.eval_text
@@ -347,7 +287,7 @@ async def _backend(model: Model, names: tuple[str, ...], shared: Shared) -> Back
         names = expand(names)
     except RecipeError as error:
         raise ConfigError(f"levels: {error}", param="levels") from None
-    _check_speculate(shared.settings, names)
+    check_speculate(shared.settings, names)
     if model.fake is not None or model.path == "fake":
         return FakeBackend(model, names)
     from compressors.checkpoint import CheckpointError, resolve
@@ -358,19 +298,6 @@ async def _backend(model: Model, names: tuple[str, ...], shared: Shared) -> Back
     except CheckpointError as error:
         raise ModelError(str(error), param="models.path") from error
     return LocalBackend(model, shared, folder, names)
-
-
-def _check_speculate(settings: Settings, names: tuple[str, ...]) -> None:
-    """Whether `engine.speculate` is a way to draft or a level of the ladder `names`.
-
-    Raises:
-        ConfigError: neither.
-    """
-    mode, known = settings.engine.speculate, (*SPECULATE, *names)
-    if mode not in known:
-        raise ConfigError(
-            f"engine.speculate: {mode!r} is none of {', '.join(known)}", param="engine.speculate"
-        )
 
 
 def _learn(pool: VariantPool, backends: tuple[Backend, ...]) -> Callable[[str], None]:
