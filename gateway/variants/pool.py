@@ -61,11 +61,7 @@ class VariantPool:
     # -- life -------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Open every backend and see which levels are stored.
-
-        Raises:
-            ModelError: a model cannot be served.
-        """
+        """Open every backend and see which levels are stored. Raises: ModelError."""
         for backend in self._roster.backends:
             await backend.start()
             variants = [Variant(backend, spec) for spec in backend.ladder()]
@@ -75,11 +71,8 @@ class VariantPool:
             self._roster.add(backend, variants)
 
     async def load_defaults(self) -> None:
-        """Load every model's default level, then measure it if this host never has.
-
-        Raises:
-            Unavailable, Overloaded: it cannot be loaded.
-        """
+        """Load every model's default level, then measure it if this host never has. Raises:
+        Unavailable, Overloaded."""
         for backend in self._roster.backends:
             await self.warm(backend.model, backend.default_level)
         self._loaded_defaults = True
@@ -120,6 +113,11 @@ class VariantPool:
     @property
     def memory_budget(self) -> int:
         return self._roster.memory_budget
+
+    @property
+    def memory_evictions(self) -> int:
+        """Levels that left for others so far."""
+        return self._room.evictions
 
     def memory_plan(self) -> dict[str, Any]:
         """What each level in memory is worth and which would leave first; see `Room.plan`."""
