@@ -5,7 +5,9 @@ Levels are rows of the ladder here; `option` makes a row into the noun that sent
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from functools import cached_property
 from typing import Final
 
 import numpy as np
@@ -56,28 +58,49 @@ class Case:
         self.on_miss = ask.sla.on_miss or policy.on_miss
         moment = ask.moment
         self.expected = policy.expected_requests if moment.expected is None else moment.expected
-        timed = moment.token_ms < np.inf or any(name in _TIMES for name, _ in self.bounds)
+        timed = moment.token_ms < math.inf or not _TIMES.isdisjoint(dict(self.bounds))
         self.judged = said.high(policy.confidence) if timed else said
-        self.roomy = roomy(said, snapshot)
-        self.open = self.standing.free & self.roomy
+        self.open = self.standing.free
+        if self.standing.cramped:
+            self.open = self.open & self.roomy
         self.harmless = harmless(self.judged, moment, ask.prompt_tokens)
         if self.harmless is not None:
             self.open = self.open & self.harmless
         self.limits = Limits(self.bounds, self.judged)
-        self.times, self.warm_times = said.times(), said.warm_times()
-        self.late, self.late_warm = self._late()
+        less = said.build_ms if columns.any_unbuilt else None
+        self.times = Times(said, less)
+        self.late = Times(self.judged, less, moment.waited_ms or None)
         self.fits = self.limits.kept(self.open, self.late)
         self.usable = self.fits & columns.loadable
-        self.later = self.limits.kept(self.open & columns.unready, self.late_warm)
-        self.order = self._order(self.times)
-        self.warm_order = self._order(self.warm_times)
 
-    def _late(self) -> tuple[Times, Times]:
-        waited = self.ask.moment.waited_ms
-        if self.judged is self.said and not waited:
-            return self.times, self.warm_times
-        now, warm = self.judged.times(), self.judged.warm_times()
-        return (now.delayed(waited), warm.delayed(waited)) if waited else (now, warm)
+    # -- what only some decisions ask for ---------------------------------------------------------
+
+    @cached_property
+    def roomy(self) -> Mask:
+        return roomy(self.said, self.snapshot)
+
+    @cached_property
+    def warm_times(self) -> Times:
+        return Times(self.said, self.said.load_ms)
+
+    @cached_property
+    def late_warm(self) -> Times:
+        return Times(self.judged, self.said.load_ms, self.ask.moment.waited_ms or None)
+
+    @cached_property
+    def later(self) -> Mask:
+        if not self.standing.prospects:
+            return self.columns.none
+        mask = self.open & self.columns.unready
+        return self.limits.kept(mask, self.late_warm) if mask.any() else mask
+
+    @cached_property
+    def order(self) -> Order:
+        return self._order(self.times)
+
+    @cached_property
+    def warm_order(self) -> Order:
+        return self._order(self.warm_times)
 
     # -- choosing ---------------------------------------------------------------------------------
 
@@ -101,12 +124,15 @@ class Case:
         if self.objective == "latency":
             latency = self.times.latency_ms
             return bool(latency[row] <= (1.0 + STEADY) * latency[best])
-        spare = Times(self.late.ttft_ms * (1.0 + STEADY), self.late.latency_ms * (1.0 + STEADY))
-        only = np.zeros(len(self.columns), dtype=np.bool_)
-        only[best] = True
-        pace = dict(self.bounds).get("tpot_ms", np.inf)
-        tight = bool(self.judged.tpot_ms[best] * (1.0 + STEADY) > pace)
-        return tight or not self.limits.kept(only, spare)[best]
+        bounds = dict(self.bounds)
+        for name, column in (
+            ("ttft_ms", self.late.ttft_ms),
+            ("tpot_ms", self.judged.tpot_ms),
+            ("latency_ms", self.late.latency_ms),
+        ):
+            if not column.item(best) * (1.0 + STEADY) <= bounds.get(name, math.inf):
+                return True
+        return False
 
     def displaces(self, row: int) -> bool:
         """Does loading the level unload another one?"""
@@ -161,6 +187,8 @@ class Case:
 
     def worth_waiting(self, best: int | None) -> Mask:
         """The build breaks no promise, and what it brings is more than a tie-break."""
+        if not (self.standing.prospects and self.columns.any_unbuilt):
+            return self.columns.none
         mask = self.later & self.columns.unbuilt & self.within_wait
         if not mask.any():
             return mask
@@ -194,8 +222,10 @@ class Case:
     # -- answering --------------------------------------------------------------------------------
 
     def barrier(self, row: int) -> str:
-        name = self.standing.name(row, not self.roomy[row])
-        return "promises" if not name and self.harmful(row) else name
+        name = self.standing.name(row)
+        if not name and not self.open[row]:  # of memory or promises, whichever comes first
+            return "promises" if self.roomy[row] else "host_memory"
+        return name
 
     def harmful(self, row: int) -> bool:
         """Would one more sequence at a level break the promise of one that runs?"""
@@ -214,15 +244,12 @@ class Case:
         facts, predicted = self.snapshot.levels[row], self.said[row]
         if needs_build(facts):
             predicted = predicted.warmed()
-        judged = None if self.fits[row] else self.costs(row)
-        return Option(
-            facts=facts,
-            predicted=predicted,
-            judged=judged,
-            broken={} if judged is None else excess(self.bounds, judged),
-            rank=int(self.standing.rank[row]),
-            barrier=self.barrier(row),
-        )
+        rank = int(self.standing.rank.item(row))
+        if self.fits[row]:
+            return Option(facts, predicted, None, {}, rank)
+        judged = self.costs(row)
+        broken = excess(self.bounds, judged)
+        return Option(facts, predicted, judged, broken, rank, self.barrier(row))
 
     def serve(
         self, row: int, code: Code, prepare: int | None = None, better: int | None = None
@@ -359,7 +386,7 @@ def _first(rows: Rows, order: Order) -> int | None:
         if len(rows) < 2:
             break
         values = column[rows]
-        rows = rows[values == values[values.argmin()]]
+        rows = rows[values == values.item(values.argmin())]
     return int(rows[0]) if len(rows) else None
 
 

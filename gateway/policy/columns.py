@@ -52,6 +52,7 @@ class Columns:
         ready_rows, ready_bytes: the rows of ready levels, and what these keep resident in all.
         ready, draining, loadable, unbuilt, in_memory: by state; `unbuilt` ones need a build.
         unready: anything but ready.
+        none: no level.
     """
 
     def __init__(self, levels: tuple[LevelFacts, ...]) -> None:
@@ -75,7 +76,9 @@ class Columns:
         self.unbuilt = self._in(State.ABSENT, State.BUILDING)
         self.any_unbuilt = bool(self.unbuilt.any())
         self.in_memory = self._in(State.READY, State.LOADING, State.DRAINING)
+        self.none = np.zeros(len(levels), dtype=np.bool_)
         self.memo: dict[object, object] = {}  # what is derived from these columns and one policy
+        self.keeping: dict[tuple[str, float], Mask] = {}  # who keeps a bound that cards tell about
 
     def __len__(self) -> int:
         return len(self.levels)

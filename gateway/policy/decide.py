@@ -84,7 +84,7 @@ def decide(ask: Ask, policy: Policy, snapshot: LadderSnapshot, predict: Predict)
         better = first(case.worth_waiting(best), case.warm_order)
         if better is not None:
             return case.wait(better, "waits")  # (2)
-    target = first(case.later, case.warm_order)
+    target = first(case.later, case.warm_order) if case.standing.prospects else None
     if best is not None:
         level = case.steady(best)
         if level != best:

@@ -13,7 +13,7 @@ from gateway.policy.budget import HARD, Bounds, Budget, Costs
 from gateway.policy.columns import Codes, Columns, Floats, Mask, Rows
 from gateway.policy.moment import Moment
 from gateway.policy.policy import Policy
-from gateway.policy.prediction import Prediction, Predictions, Times
+from gateway.policy.prediction import Prediction, Predictions, Times, Upper
 from gateway.variants.variant import LadderSnapshot, LevelFacts, State
 
 # Why a level cannot be used whatever it costs.
@@ -53,12 +53,16 @@ class Standing:
     Attributes:
         barrier: code of what bars each level, room beside the levels in use left out; 0: nothing.
         free: nothing bars it.
+        cramped: some free level is not in memory, so that it matters whether there is room.
+        prospects: some free level is not ready, so that one may be worth preparing.
         rank: the policy's order of preference.
     """
 
     policy: Policy
     barrier: Codes
     free: Mask
+    cramped: bool
+    prospects: bool
     rank: Floats
     _outer: Budget
     _budgets: dict[Bounds, tuple[Budget, Bounds]]
@@ -81,7 +85,11 @@ class Standing:
                 ],
                 dtype=np.float64,
             )
-            known = columns.memo[key] = cls(policy, barrier, barrier == 0, rank, policy.budget, {})
+            free = barrier == 0
+            cramped = bool((free & ~columns.in_memory).any())
+            prospects = bool((free & columns.unready).any())
+            known = cls(policy, barrier, free, cramped, prospects, rank, policy.budget, {})
+            columns.memo[key] = known
         return cast(Standing, known)
 
     def budget(self, asked: Budget) -> tuple[Budget, Bounds]:
@@ -96,10 +104,9 @@ class Standing:
             known = self._budgets[key] = (budget, budget.bounds())
         return known
 
-    def name(self, row: int, crowded: bool) -> str:
-        """The barrier of a level by name; `crowded`: it finds no room beside the levels in use."""
-        code = self.barrier.item(row)
-        return _NAMES[code] if code or not crowded else "host_memory"
+    def name(self, row: int) -> str:
+        """The barrier of a level by name; "": none but perhaps room beside the levels in use."""
+        return _NAMES[self.barrier.item(row)]
 
 
 def _barriers(columns: Columns, policy: Policy, weight_budget: int) -> Codes:
@@ -133,7 +140,7 @@ def roomy(said: Predictions, snapshot: LadderSnapshot) -> Mask:
     return said.columns.in_memory | (said.columns.resident <= room)
 
 
-def harmless(judged: Predictions, moment: Moment, prompt_tokens: int) -> Mask | None:
+def harmless(judged: Predictions | Upper, moment: Moment, prompt_tokens: int) -> Mask | None:
     """The levels at which one more sequence breaks no promise of those that run; None: all.
 
     Levels take turns on the same cores, so the newcomer's time per token is everybody's, and its
@@ -157,7 +164,7 @@ class Limits:
 
     __slots__ = ("_bounds", "_paced", "_said", "_timed", "hard")
 
-    def __init__(self, bounds: Bounds, said: Predictions) -> None:
+    def __init__(self, bounds: Bounds, said: Predictions | Upper) -> None:
         self._bounds = bounds
         self._said = said
         self._timed: list[tuple[str, float]] = []
@@ -165,7 +172,7 @@ class Limits:
         self._paced: Mask | None = None  # the levels that keep what no load or build delays
         for name, bound in bounds:
             if name in HARD:
-                kept = _keeps(name, bound, self._fixed(name))
+                kept = _certain(name, bound, said)
                 self.hard = kept if self.hard is None else self.hard & kept
             elif name == "tpot_ms":
                 self._paced = said.tpot_ms <= bound
@@ -218,6 +225,16 @@ class Limits:
                 return self._said.columns.agreement
 
 
-def _keeps(name: str, bound: float, value: Floats) -> Mask:
-    """NaN keeps no bound."""
-    return value >= bound if name == "min_agreement" else value <= bound
+def _certain(name: str, bound: float, said: Predictions | Upper) -> Mask:
+    """The levels that keep a hard bound; what only cards tell is kept with their columns."""
+    if name == "memory_mb":
+        return said.memory_mb <= bound
+    columns = said.columns
+    known = columns.keeping.get((name, bound))
+    if known is None:
+        if len(columns.keeping) >= _MEMO:
+            columns.keeping.clear()
+        agreed = name == "min_agreement"
+        known = columns.agreement >= bound if agreed else columns.ratio <= bound
+        columns.keeping[name, bound] = known  # NaN keeps no bound
+    return known

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import overload
+from typing import Protocol, overload
 
 import numpy as np
 
@@ -94,15 +94,48 @@ def _joint(one: float, other: float) -> float:
     return math.exp(math.hypot(math.log(max(1.0, one)), math.log(max(1.0, other))))
 
 
-@dataclass(slots=True, eq=False)
-class Times:
+class Timed(Protocol):
     """The two times that a load or a build delays, for every level; ms."""
 
-    ttft_ms: Floats
-    latency_ms: Floats
+    @property
+    def ttft_ms(self) -> Floats: ...
+    @property
+    def latency_ms(self) -> Floats: ...
+
+
+class Times:
+    """Times `more` ms later and `less` ms earlier than `source` says; worked out when asked for."""
+
+    __slots__ = ("_latency_ms", "_less", "_more", "_source", "_ttft_ms")
+
+    def __init__(
+        self, source: Timed, less: Floats | None = None, more: Floats | float | None = None
+    ) -> None:
+        self._source = source
+        self._less = less
+        self._more = more
+        self._ttft_ms: Floats | None = None
+        self._latency_ms: Floats | None = None
+
+    @property
+    def ttft_ms(self) -> Floats:
+        if self._ttft_ms is None:
+            self._ttft_ms = self._moved(self._source.ttft_ms)
+        return self._ttft_ms
+
+    @property
+    def latency_ms(self) -> Floats:
+        if self._latency_ms is None:
+            self._latency_ms = self._moved(self._source.latency_ms)
+        return self._latency_ms
 
     def delayed(self, ms: Floats | float) -> Times:
-        return Times(self.ttft_ms + ms, self.latency_ms + ms)
+        return Times(self, None, ms)
+
+    def _moved(self, time_ms: Floats) -> Floats:
+        if self._less is not None:
+            time_ms = time_ms - self._less
+        return time_ms if self._more is None else time_ms + self._more
 
 
 @dataclass(slots=True, eq=False)
@@ -138,47 +171,9 @@ class Predictions(Sequence[Prediction]):
     margins: MarginColumns
     causes: Callable[[int], tuple[FirstToken, Token]] | None = None
 
-    def high(self, confidence: float) -> Predictions:
+    def high(self, confidence: float) -> Upper:
         """`Prediction.high` of every level."""
-        ttft, tpot, latency = self.margins.factors(confidence)
-        length, load_ms = self.length, self.load_ms
-        own_ttft, own_latency = self.ttft_ms, self.latency_ms
-        if self.cold:
-            own_ttft, own_latency = own_ttft - load_ms, own_latency - load_ms
-        more = length.upper(confidence) - length.expected
-        if more:
-            longer = own_latency + more * self.tpot_ms
-            latency = _joints(latency, longer, own_latency)
-        ttft_ms, latency_ms = own_ttft * ttft, own_latency * latency
-        if self.cold:
-            ttft_ms, latency_ms = load_ms + ttft_ms, load_ms + latency_ms
-        return Predictions(  # not `replace`, which takes several times as long
-            self.columns,
-            self.idle_bytes,
-            ttft_ms,
-            self.tpot_ms * tpot,
-            latency_ms,
-            self.memory_mb,
-            load_ms,
-            self.build_ms,
-            self.ttft_factor,
-            self.tpot_factor,
-            self.calm,
-            self.cold,
-            length,
-            self.margins,
-            self.causes,
-        )
-
-    def times(self) -> Times:
-        """Of use now; of levels that must be built first: once they are in memory."""
-        if not self.columns.any_unbuilt:
-            return Times(self.ttft_ms, self.latency_ms)
-        return Times(self.ttft_ms - self.build_ms, self.latency_ms - self.build_ms)
-
-    def warm_times(self) -> Times:
-        """Of use once the level is in memory."""
-        return Times(self.ttft_ms - self.load_ms, self.latency_ms - self.load_ms)
+        return Upper(self, confidence)
 
     def __len__(self) -> int:
         return len(self.columns)
@@ -202,6 +197,59 @@ class Predictions(Sequence[Prediction]):
             margins=self.margins.rows[row],
             causes=partial(self.causes, row) if self.causes is not None else None,
         )
+
+
+class Upper:
+    """`Prediction.high` of every level, at one confidence. Never written to; a column is worked out
+    when it is first asked for, since most requests bound only some times."""
+
+    __slots__ = ("_confidence", "_factors", "_latency_ms", "_said", "_tpot_ms", "_ttft_ms")
+
+    def __init__(self, said: Predictions, confidence: float) -> None:
+        self._said = said
+        self._confidence = confidence
+        self._factors = said.margins.factors(confidence)
+        self._ttft_ms: Floats | None = None
+        self._tpot_ms: Floats | None = None
+        self._latency_ms: Floats | None = None
+
+    @property
+    def columns(self) -> Columns:
+        return self._said.columns
+
+    @property
+    def memory_mb(self) -> Floats:
+        return self._said.memory_mb
+
+    @property
+    def ttft_ms(self) -> Floats:
+        if self._ttft_ms is None:
+            said, factor = self._said, self._factors[0]
+            if said.cold:
+                self._ttft_ms = said.load_ms + (said.ttft_ms - said.load_ms) * factor
+            else:
+                self._ttft_ms = said.ttft_ms * factor
+        return self._ttft_ms
+
+    @property
+    def tpot_ms(self) -> Floats:
+        if self._tpot_ms is None:
+            self._tpot_ms = self._said.tpot_ms * self._factors[1]
+        return self._tpot_ms
+
+    @property
+    def latency_ms(self) -> Floats:
+        if self._latency_ms is None:
+            said, factor = self._said, self._factors[2]
+            own = said.latency_ms - said.load_ms if said.cold else said.latency_ms
+            more = said.length.upper(self._confidence) - said.length.expected
+            if more:
+                factor = _joints(factor, own + more * said.tpot_ms, own)
+            self._latency_ms = said.load_ms + own * factor if said.cold else own * factor
+        return self._latency_ms
+
+    def __getitem__(self, row: int) -> Prediction:
+        return self._said[row].high(self._confidence)
 
 
 def _joints(one: Floats, longer: Floats, own: Floats) -> Floats:
