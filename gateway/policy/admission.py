@@ -28,6 +28,7 @@ RETRY_SECONDS: Final = (1.0, 60.0)
 _WEIGHT: Final = 0.1  # of the newest stay in the running mean
 _TICK_S: Final = 0.25  # how often those who wait are looked at when nothing happens
 _TRIES: Final = 8  # decisions in one look at one level
+_How = Callable[[House, Place, float], bool]
 ANYWHERE: Final = ""  # the lane of those that no level may serve just now
 
 
@@ -116,6 +117,9 @@ class Admission:
         decision = self._decide(house, wish, now)
         level = decision.level
         if level is None:
+            entry = self._hopeful(house, wish, decision, now)
+            if entry is not None:
+                return await self._wait(house, wish, decision, entry)
             if not (wish.patient and service.blocked(decision)):
                 return self._told(self._honest(house, wish, decision, now))
             return await self._wait(house, wish, decision, self._entry(wish, decision, ANYWHERE))
@@ -132,6 +136,17 @@ class Admission:
             entry.start_by = math.inf
         return await self._wait(house, wish, decision, entry)
 
+    @staticmethod
+    def _hopeful(house: House, wish: Wish, decision: Decision, now: float) -> Waiting | None:
+        """A place in the queue for what only the present load refuses, as long as its deadline
+        leaves time for that to pass."""
+        hope = None if wish.patient else service.hope(decision, wish.arrived)
+        if hope is None or hope.start_by <= now:
+            return None
+        entry = _waiting(wish, hope.level, hope.start_by, hope.hold_s)
+        interval = house.interval_s(hope.level, hope.hold_s)
+        return entry if house.queue.fits(entry, now, interval) else None
+
     def _decide(
         self, house: House, wish: Wish, now: float, *, first: bool = False, forced: bool = False
     ) -> Decision:
@@ -147,15 +162,7 @@ class Admission:
 
     def _entry(self, wish: Wish, decision: Decision, level: str) -> Waiting:
         hold_s, start_by = service.of(decision, wish.arrived)
-        return Waiting(
-            key=wish.key or ANONYMOUS,
-            level=level,
-            priority=wish.priority,
-            arrived=wish.arrived,
-            start_by=start_by,
-            hold_s=hold_s,
-            sequences=wish.sequences,
-        )
+        return _waiting(wish, level, start_by, hold_s)
 
     async def _wait(self, house: House, wish: Wish, decision: Decision, entry: Waiting) -> Decision:
         try:
@@ -218,9 +225,7 @@ class Admission:
         self._set_timer(model, house)
 
     @staticmethod
-    def _answer(
-        house: House, place: Place, now: float, how: Callable[[House, Place, float], bool]
-    ) -> bool:
+    def _answer(house: House, place: Place, now: float, how: _How) -> bool:
         """Decide anew on one who waits; an error on the way is its own."""
         if place.future.done():  # its caller hung up just now
             house.queue.remove(place.entry)
@@ -240,6 +245,8 @@ class Admission:
         decision = self._decide(house, wish, now, first=True, forced=forced)
         to = decision.level
         if to is None:
+            if decision.code == "busy" and entry.promised:
+                return False  # until it is too late
             if wish.patient and service.blocked(decision):
                 return False
             house.queue.remove(entry)
@@ -342,6 +349,18 @@ class Admission:
         return Overloaded(
             f"{who} {limit} requests at once, which is its limit; retry later", retry_after=retry
         )
+
+
+def _waiting(wish: Wish, level: str, start_by: float, hold_s: float) -> Waiting:
+    return Waiting(
+        key=wish.key or ANONYMOUS,
+        level=level,
+        priority=wish.priority,
+        arrived=wish.arrived,
+        start_by=start_by,
+        hold_s=hold_s,
+        sequences=wish.sequences,
+    )
 
 
 class Permit:

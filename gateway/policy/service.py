@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from gateway.policy import sentences
+from gateway.policy.case import Case, first
 from gateway.policy.decision import Ask, Decision
+from gateway.policy.moment import CALM
 from gateway.policy.prediction import Prediction
 from gateway.variants.variant import LadderSnapshot, LevelFacts
 
@@ -70,6 +72,43 @@ def blocked(decision: Decision) -> bool:
     if decision.code != "busy" or case is None or case.harmless is None:
         return False
     return not bool(case.harmless.all())
+
+
+@dataclass(frozen=True, slots=True)
+class Hope:
+    """Where a request would be served once the present load has passed, and until when it may wait
+    for that.
+
+    Attributes:
+        hold_s: how long its slots will be held then.
+        start_by: when service has to begin, seconds of the clock of its arrival.
+    """
+
+    level: str
+    hold_s: float
+    start_by: float
+
+
+def hope(decision: Decision, arrived: float) -> Hope | None:
+    """What a request that is refused for the load alone can still wait for; None: nothing, or it
+    has no deadline to wait until."""
+    case = decision.case
+    if decision.action != "reject" or decision.code != "busy" or case is None:
+        return None
+    calm = Case(replace(case.ask, moment=CALM), case.policy, case.snapshot, case.said.calm())
+    row = first(calm.usable & calm.columns.ready, calm.order)
+    if row is None:
+        return None
+    bounds, high = dict(calm.bounds), calm.judged
+    spare_ms = [
+        bounds[name] - column.item(row)
+        for name, column in (("ttft_ms", high.ttft_ms), ("latency_ms", high.latency_ms))
+        if name in bounds
+    ]
+    if not spare_ms:
+        return None
+    hold_s = max(1e-3, calm.said.latency_ms.item(row) / 1000.0)
+    return Hope(case.snapshot.levels[row].level, hold_s, arrived + min(spare_ms) / 1000.0)
 
 
 def beside(snapshot: LadderSnapshot, ahead: Mapping[str, int], ask: Ask) -> LadderSnapshot:

@@ -13,12 +13,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from loadtest.client import Outcome
 from loadtest.sla.study import TIMES, Promise, Study
 
 Card = Mapping[str, Any]
+_ERRORS: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Judged:
     tokens: int
     ratio: float | None
     broken: tuple[str, ...]
+    error: str = ""
 
     @property
     def kept(self) -> bool:
@@ -64,6 +66,7 @@ def judge(outcome: Outcome, promise: Promise, cards: Mapping[str, Card]) -> Judg
         tokens=outcome.tokens,
         ratio=None if card is None else float(card["perplexity_ratio"]),
         broken=tuple(broken) if outcome.status == "ok" else (),
+        error=f"{outcome.http_status or '-'}: {outcome.error}" if outcome.status != "ok" else "",
     )
 
 
@@ -96,6 +99,7 @@ def summarize(study: Study, judged: Sequence[Judged], memory_peak: float) -> dic
         "failed": sum(one.status in ("error", "timeout") for one in judged),
         "ppl_ratio": sum((o.ratio or 0.0) * o.tokens for o in served) / tokens if tokens else None,
         "memory_peak_mb": memory_peak / 1e6,
+        "errors": dict(Counter(one.error for one in judged if one.error).most_common(_ERRORS)),
         "callers": {
             caller.name: _of_caller([one for one in judged if one.caller == caller.name])
             for caller in study.callers

@@ -301,13 +301,38 @@ async def test_best_effort_waits_while_it_would_break_a_promise(front: Front) ->
     front.moment = Moment(token_ms=5.0)
     (one,) = await callers(front, front.wish())
     assert one.decision is None
-    (strict,) = await callers(front, front.wish(ttft_ms=1000, on_miss="reject"))
-    assert strict.decision is not None
-    assert (strict.decision.action, strict.decision.code) == ("reject", "busy")
     front.moment = Moment()
     await asyncio.sleep(0.3)
     assert served([one]) == ["int8"]
     await one.leave()
+
+
+async def test_what_only_the_load_refuses_waits_while_its_deadline_lets_it(front: Front) -> None:
+    front.moment = Moment(token_ms=5.0)
+    (strict,) = await callers(front, front.wish(ttft_ms=1000, on_miss="reject"))
+    assert strict.decision is None
+    front.moment = Moment()
+    await asyncio.sleep(0.3)
+    assert served([strict]) == ["int8"]
+    await strict.leave()
+
+
+async def test_and_is_refused_when_it_is_too_late(front: Front) -> None:
+    front.moment = Moment(token_ms=5.0)
+    (strict,) = await callers(front, front.wish(ttft_ms=1000, on_miss="reject"))
+    assert strict.decision is None
+    front.clock.now += 0.98  # 33 ms to the first token no longer fit
+    await asyncio.sleep(0.3)
+    assert strict.decision is not None
+    assert (strict.decision.action, strict.decision.code) == ("reject", "busy")
+    assert front.counted.left["refused"] == 1
+
+
+async def test_a_pace_that_nobody_can_wait_for_is_refused_at_once(front: Front) -> None:
+    front.moment = Moment(token_ms=5.0)
+    (strict,) = await callers(front, front.wish(patient=False, tpot_ms=20, on_miss="reject"))
+    assert strict.decision is not None
+    assert (strict.decision.action, strict.decision.code) == ("reject", "busy")
 
 
 async def test_but_not_for_ever(front: Front) -> None:
