@@ -35,6 +35,7 @@ from gateway.config import BUILTIN, DEFAULT_LEVELS, LADDERS, SPECULATE, Model, S
 from gateway.errors import ConfigError, ModelError, PressgateError
 from gateway.metrics import Metrics, Tier
 from gateway.policy.admission import Admission
+from gateway.policy.card_predictor import CardPredictor
 from gateway.policy.predictor import Predictor
 from gateway.policy.quota import Counters, MemoryCounters, Quotas, RedisCounters
 from gateway.policy.store import PolicyStore
@@ -156,7 +157,7 @@ async def open_gateway(settings: Settings) -> AsyncIterator[Services]:
             settings=settings,
             pool=pool,
             policies=policy_store,
-            predictor=Predictor(),
+            predictor=Predictor() if settings.predict == "live" else CardPredictor(),
             admission=_admission(settings, metrics),
             quotas=_quotas(settings, metrics, stack),
             metrics=metrics,

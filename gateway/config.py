@@ -242,6 +242,7 @@ class Settings(BaseSettings):
     api_keys: tuple[ApiKey, ...] = ()
     levels: tuple[str, ...] | Literal["auto"] = DEFAULT_LEVELS
     policies: tuple[Policy, ...] = BUILTIN_POLICIES
+    predict: Literal["live", "card"] = "live"  # `card`: idle times, for comparison
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")
