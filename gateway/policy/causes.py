@@ -103,20 +103,21 @@ class Busy:
 
     def beside(self, tokens: float) -> Beside:
         """What of it runs beside an answer of `tokens`, on average."""
-        ratio = self.left / tokens
+        ratio, slots, batch = self.left / tokens, self.slots, self.batch
         stay = self.sequences * (ratio if ratio <= 0.5 else 1.0 - 0.25 / ratio)
-        slots = self.slots
         company = (stay if stay < slots else float(slots)) + _UNSEEN * self.unseen
         steps = self.alone_ms if company >= 1.0 else company * self.alone_ms
-        return Beside(company, steps, self.batch_ms(company), self.batch_ms(1.0 + company))
-
-    def batch_ms(self, company: float) -> float:
-        """What a batch of so many adds to a step of one; fractions are interpolated."""
-        if company >= self.slots:
-            return self.batch[self.slots]
+        # What a batch adds to a step of one; between two sizes it is interpolated.
         low = int(company)
-        known = self.batch[low]
-        return known + (company - low) * (self.batch[low + 1] - known)
+        if low >= slots:
+            return Beside(company, steps, batch[slots], batch[slots])
+        below, share, next_ = batch[low], company - low, batch[low + 1]
+        more = below + share * (next_ - below)
+        if low + 1 >= slots:
+            return Beside(company, steps, more, batch[slots])
+        joined = 1.0 + company
+        share = joined - (low + 1)
+        return Beside(company, steps, more, next_ + share * (batch[low + 2] - next_))
 
     def rounds(self, prompt_tokens: int) -> float:
         """Turns until a newcomer gets a slot and KV blocks; 0 when there are some."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import neg
 from typing import Final
 
@@ -40,10 +41,11 @@ class Length:
     survival: tuple[float, ...] = ()
     most: int = 1
 
-    @classmethod
-    def certain(cls, tokens: int) -> Length:
+    @staticmethod
+    @lru_cache(1024)
+    def certain(tokens: int) -> Length:
         """Nothing is known but the most that it may be."""
-        return cls(float(max(1, tokens)), (), max(1, tokens))
+        return Length(float(max(1, tokens)), (), max(1, tokens))
 
     def upper(self, share: float) -> float:
         """The length that a share of answers does not exceed."""

@@ -19,7 +19,7 @@ from gateway.variants.variant import LevelFacts
 Key = tuple[float, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Option:
     """A level with what it would cost this request.
 

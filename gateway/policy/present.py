@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from gateway.engine.base import EngineStats
 from gateway.policy.causes import (
     CHUNK_TOKENS,
     NOBODY,
@@ -36,6 +37,7 @@ from gateway.variants.variant import LadderSnapshot, LevelFacts, State
 
 MAX_MS: Final = 3.6e9  # keeps absurd inputs finite
 _STEPS: Final = 256  # batch sizes whose step times are kept per ladder
+_MOST: Final = np.array(MAX_MS)  # as an array, which numpy need not convert every time
 _LEAST_SLOPE_MS: Final = 0.01  # what a further sequence adds to a step at least
 
 NOTHING: Final[Mapping[int, Any]] = MappingProxyType({})
@@ -111,18 +113,19 @@ class Present:
         self._load_ms = floats(t.load_ms * c for t, c in zip(tracks, cold, strict=True))
         self._build_ms = np.where(self.columns.unbuilt, self._load_ms, 0.0)
         self._cold = bool(self._load_ms.any())
-        self._idle_bytes = 0.0
         self._alone = self._steps_of(1)
         self._steps: dict[int, Floats] = {1: self._alone}
         self._alone_ms: list[float] = self._alone.tolist()
         self._prefill_ms: list[float] = self._prefill.tolist()
         self._busy: dict[int, Busy] = {}  # by row, in the ladder's order
+        self._held = [False] * len(levels)
         self._batches: dict[int, Sequence[float]] = {}
         self._slope_ms, self._room_ms = self._capacity()
         self._ttft_factor, self._tpot_factor = (
             np.array([t.factors()[which] for t in tracks], dtype=np.float64) for which in (0, 1)
         )
         self._margins = MarginColumns([track.margins() for track in tracks])
+        self._idle_bytes = float(self.columns.ready_bytes)
         self._patch(range(len(levels)))
 
     def follow(self, levels: tuple[LevelFacts, ...]) -> bool:
@@ -158,18 +161,41 @@ class Present:
     # -- following --------------------------------------------------------------------------------
 
     def _patch(self, rows: Sequence[int]) -> None:
-        known = self._busy.copy()
+        known, moved, joined = self._busy.copy(), False, False
         for row in rows:
-            facts, stats = self._levels[row], self._levels[row].stats
+            facts = self._levels[row]
+            stats = facts.stats
+            if facts.held is not self._held[row]:
+                self._held[row] = not self._held[row]
+                moved = True
             if stats.running or stats.waiting or stats.waiting_prompt_tokens or facts.leases:
-                known[row] = _busy(facts, self._tracks[row], self._batch(row))
+                joined = joined or row not in known
+                known[row] = self._busy_with(row, facts, stats)
             else:
                 known.pop(row, None)
-        self._busy = dict(sorted(known.items()))
-        self._idle_bytes = self.columns.ready_bytes - sum(
-            self._levels[row].card.resident_bytes
-            for row in self.columns.ready_rows
-            if self._levels[row].held
+        self._busy = dict(sorted(known.items())) if joined else known
+        if moved:
+            self._idle_bytes = self.columns.ready_bytes - sum(
+                self._levels[row].card.resident_bytes
+                for row in self.columns.ready_rows
+                if self._held[row]
+            )
+
+    def _busy_with(self, row: int, facts: LevelFacts, stats: EngineStats) -> Busy:
+        running, sequences = stats.running, stats.running + stats.waiting
+        known = sequences and stats.remaining_tokens
+        return Busy(  # by place, which is quicker
+            running,
+            sequences,
+            stats.remaining_tokens / sequences if known else math.inf,
+            max(0, facts.leases - sequences),
+            facts.max_running or SLOTS,
+            stats.waiting_prompt_tokens * self._prefill_ms[row],
+            stats.waiting_prompt_tokens,
+            stats.kv_total_blocks - stats.kv_used_blocks if stats.kv_total_blocks else math.inf,
+            self._tracks[row].step_ms(running) if running else 0.0,
+            self._alone_ms[row],
+            self._batches.get(row) or self._batch(row),
         )
 
     def _capacity(self) -> tuple[float, float]:
@@ -184,12 +210,10 @@ class Present:
         return slope_ms, slope_ms * max(1, slots)
 
     def _batch(self, row: int) -> Sequence[float]:
-        """`Busy.batch` of one level."""
-        known = self._batches.get(row)
-        if known is None:
-            step_ms, slots = self._tracks[row].step_ms, _slots(self._levels[row])
-            more = [max(0.0, step_ms(size) - step_ms(1)) for size in range(1, slots + 1)]
-            known = self._batches[row] = (0.0, *more, more[-1])
+        """`Busy.batch` of one level, to be kept."""
+        step_ms, slots = self._tracks[row].step_ms, _slots(self._levels[row])
+        more = [max(0.0, step_ms(size) - step_ms(1)) for size in range(1, slots + 1)]
+        known = self._batches[row] = (0.0, *more, more[-1])
         return known
 
     def _steps_of(self, batch: int) -> Floats:
@@ -226,9 +250,17 @@ class Present:
     ) -> Predictions:
         ttft_factor, tpot_factor = self._ttft_factor, self._tpot_factor
         raw_ttft = self._raw_ttft(size.prompt_tokens, now, learned.ttft)
-        ttft = self._load_ms + np.minimum(MAX_MS, raw_ttft * ttft_factor)
-        tpot = np.minimum(MAX_MS, self._raw_tpot(now, learned.tpot) * tpot_factor)
-        tokens = size.prompt_tokens + size.max_tokens
+        raw_tpot = self._raw_tpot(now, learned.tpot)
+        raw_ttft *= ttft_factor
+        raw_tpot *= tpot_factor
+        ttft, tpot = np.minimum(raw_ttft, _MOST), np.minimum(raw_tpot, _MOST)
+        if self._cold:
+            ttft += self._load_ms
+        latency = tpot * (size.length.expected - 1.0)
+        latency += ttft
+        memory = columns.kv * float(size.prompt_tokens + size.max_tokens)
+        memory += columns.resident
+        memory /= 1e6
 
         def calm() -> Predictions:
             settled = self.columns.settled
@@ -242,8 +274,8 @@ class Present:
             idle_bytes=idle_bytes,
             ttft_ms=ttft,
             tpot_ms=tpot,
-            latency_ms=ttft + (size.length.expected - 1.0) * tpot,
-            memory_mb=(columns.resident + columns.kv * tokens) / 1e6,
+            latency_ms=latency,
+            memory_mb=memory,
             load_ms=self._load_ms,
             build_ms=self._build_ms,
             ttft_factor=ttft_factor,
@@ -289,8 +321,9 @@ class Present:
         alone, host = self._alone_ms[row], now.host
         others, batches = host.others_ms, host.batches_ms
         if beside is not None:
-            others = max(0.0, others - beside.steps_ms)
-            batches = max(0.0, batches - beside.batch_ms) + beside.joined_ms
+            _, steps_ms, batch_ms, joined_ms = beside
+            others = others - steps_ms if others > steps_ms else 0.0
+            batches = (batches - batch_ms if batches > batch_ms else 0.0) + joined_ms
         if now.others:
             others += self._step_ms(now.others).item(row)
         return alone, others, batches
@@ -314,7 +347,7 @@ class Present:
         slot_turns, slot_streams = weights[6:8]
         host = now.host
         work = np.maximum(prompt_tokens * self._prefill, self._alone)
-        said = prompt * work
+        said = work * prompt
         if host.queue_ms or now.other_prompt_tokens:
             elsewhere = host.queue_ms + now.other_prompt_tokens * self._prefill
             said += beside * np.minimum(work, elsewhere)
@@ -348,13 +381,15 @@ class Present:
             queue, tokens = busy.queue_ms, prompt_tokens + busy.queue_tokens
             rounds = busy.rounds(prompt_tokens)
         # Behind the prompts before it, a short one costs no step of its own.
-        work = max(work, self._alone_ms[row] - queue)
-        others = max(0.0, host.queue_ms - queue) + now.other_prompt_tokens * rate
+        least, elsewhere = self._alone_ms[row] - queue, host.queue_ms - queue
+        work = work if work >= least else least
+        others = (elsewhere if elsewhere > 0.0 else 0.0) + now.other_prompt_tokens * rate
         turn, running = host.turn_ms, host.running
         if now.others:
             turn, running = turn + self._step_ms(now.others).item(row), running + now.others
-        chunks = -(-tokens // CHUNK_TOKENS)
-        return work, queue, min(work + queue, others), chunks, turn, running, rounds
+        chunks, before = -(-tokens // CHUNK_TOKENS), work + queue
+        others = others if others < before else before
+        return work, queue, others, chunks, turn, running, rounds
 
     def _first(self, row: int, prompt_tokens: int, now: _Now) -> FirstToken:
         work, queue, others, chunks, turn, running, rounds = self._waits(row, prompt_tokens, now)
@@ -374,22 +409,3 @@ class Present:
 
 def _slots(facts: LevelFacts) -> int:
     return facts.max_running or SLOTS
-
-
-def _busy(facts: LevelFacts, track: Track, batch: Sequence[float]) -> Busy:
-    stats = facts.stats
-    sequences = stats.running + stats.waiting
-    left = stats.remaining_tokens / sequences if sequences and stats.remaining_tokens else math.inf
-    return Busy(
-        running=stats.running,
-        sequences=sequences,
-        left=left,
-        unseen=max(0, facts.leases - sequences),
-        slots=_slots(facts),
-        queue_ms=stats.waiting_prompt_tokens * track.prefill_ms,
-        queue_tokens=stats.waiting_prompt_tokens,
-        kv_free=stats.kv_total_blocks - stats.kv_used_blocks if stats.kv_total_blocks else math.inf,
-        decoding_ms=track.step_ms(stats.running) if stats.running else 0.0,
-        alone_ms=track.step_ms(1),
-        batch=batch,
-    )
