@@ -49,9 +49,13 @@ class Regression:
             return
         weight = _NEAR / max(off, _NEAR)
         scaled = [x / measured for x in causes]
-        for row, one in zip(self._gram, scaled, strict=True):
-            pull = weight * one
-            row[:] = [_KEEP * old + pull * other for old, other in zip(row, scaled, strict=True)]
+        for index, (row, one) in enumerate(zip(self._gram, scaled, strict=True)):
+            if one:
+                pull = weight * one
+                pairs = zip(row, scaled, strict=True)
+                row[:] = [_KEEP * old + pull * other for old, other in pairs]
+            elif row[index]:  # most causes never occurred: nothing fades
+                row[:] = [_KEEP * old for old in row]
         self._moment = [
             _KEEP * old + weight * one for old, one in zip(self._moment, scaled, strict=True)
         ]
@@ -63,8 +67,9 @@ class Regression:
             for index, (row, moment, prior) in enumerate(
                 zip(self._gram, self._moment, self._prior, strict=True)
             ):
-                fit = sum(map(mul, row, weights))
+                fit = sum(map(mul, row, weights)) if row[index] else 0.0
                 slope = moment + trust * prior - fit - trust * weights[index]
                 weight = weights[index] + slope / (row[index] + trust)
-                weights[index] = min(self._most[index], max(_LEAST * prior, weight))
+                least, most = _LEAST * prior, self._most[index]
+                weights[index] = least if weight < least else most if weight > most else weight
         self.weights = tuple(weights)
