@@ -36,7 +36,9 @@ _DOUBT: Final = 8  # answers that a measured card is worth against the first one
 _STEP: Final = math.log(4)  # one observation counts as at most 4x off: an outlier is only a nudge
 _HALF: Final = math.log(2)
 _LIMIT: Final = math.log(100)  # a factor stays within 1/100 … 100
-_TRUST: Final = 0.05  # of cards' rates, in observations: see `Regression`
+_TRUST: Final = 0.05  # of cards' step times, in observations: see `Regression`
+_TRUST_PREFILL: Final = 0.01  # of those of prefill: the host has a large part in short prompts
+_FEWEST: Final = 8  # tokens of an answer that teaches a time per token: drafts come at once
 _USUAL: Final = 0.05  # weight of the newest answer in what usually comes
 _RENEW: Final = 32  # answers after which what levels borrow from each other is brought up to date
 _RATE_SECONDS: Final = 0.7  # over which arrivals are counted, the past fading
@@ -135,16 +137,23 @@ class _Track:
         self.promised = self.spread.margins(self.pooled)
 
     def learn(
-        self, kind: Kind, measured: float | None, predicted: Prediction, common: _Common
+        self,
+        kind: Kind,
+        measured: float | None,
+        predicted: Prediction,
+        common: _Common,
+        *,
+        teaches: bool = True,
     ) -> None:
-        """Learn from one measured time, which may be missing or garbage."""
+        """Learn from one measured time, which may be missing or garbage; unless it `teaches`, only
+        how far answers stray."""
         first = kind == "ttft"
         said = predicted.ttft_ms if first else predicted.tpot_ms
         if not (_usable(measured) and _usable(said)):
             return
         own = self.ttft if first else self.tpot
         own.judge(measured, said)
-        if predicted.causes is not None:
+        if teaches and predicted.causes is not None:
             regression = common.ttft if first else common.tpot
             causes = predicted.causes()[0 if first else 1]
             regression.learn(causes, measured / own.factor)
@@ -165,7 +174,9 @@ class _Track:
 class _Common:
     """What the levels of one model share: the weights of causes, spreads, what usually comes."""
 
-    ttft: Regression = field(default_factory=lambda: Regression(TTFT_PRIOR, TTFT_MOST, _TRUST))
+    ttft: Regression = field(
+        default_factory=lambda: Regression(TTFT_PRIOR, TTFT_MOST, _TRUST_PREFILL)
+    )
     tpot: Regression = field(default_factory=lambda: Regression(TPOT_PRIOR, TPOT_MOST, _TRUST))
     spread: Spread = field(default_factory=pooled_spread)
     answers: int = 0
@@ -265,7 +276,8 @@ class Predictor:
             if tokens is not None and _usable(latency_ms):
                 expected = predicted.ttft_ms + max(0, tokens - 1) * predicted.tpot_ms
                 track.stray("latency", latency_ms, expected, predicted.margins)
-        track.learn("tpot", tpot_ms, predicted, common)
+        enough = tokens is None or tokens >= _FEWEST
+        track.learn("tpot", tpot_ms, predicted, common, teaches=enough)
         if predicted.causes is not None:
             common.usual(tokens or predicted.length.expected, predicted.causes()[0].prompt)
         track.renew()

@@ -239,3 +239,14 @@ def test_every_level_is_charged_for_its_own_kv_cache() -> None:
     fp32, bf16, *_ = Predictor().predict(900, 100, snapshot)
     assert fp32.memory_mb == pytest.approx(68 + 4)
     assert bf16.memory_mb == pytest.approx(34 + 2)
+
+
+def test_an_answer_of_a_few_tokens_teaches_no_time_per_token() -> None:
+    predictor = Predictor()
+    before = predict(predictor).tpot_ms
+    for _ in range(20):  # drafts come at once: as if a token took nothing
+        predictor.observe("m", "bf16", predict(predictor), tpot_ms=0.01, tokens=2)
+    assert predict(predictor).tpot_ms == before
+    for _ in range(20):
+        predictor.observe("m", "bf16", predict(predictor), tpot_ms=5.0, tokens=20)
+    assert predict(predictor).tpot_ms < before
