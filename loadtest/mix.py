@@ -7,13 +7,14 @@ are the goals, so that one file says once what is asked and what is checked."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 GOALS = ("ttft_ms", "tpot_ms", "latency_ms")
 
+_Kind = TypeVar("_Kind", bound=BaseModel)
 _Millis = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Tokens = Annotated[int, Field(ge=1, le=1_000_000)]
 
@@ -22,11 +23,13 @@ class BadInput(Exception):
     """A flag or a file is wrong. The message names the flag; the command exits with 2."""
 
 
-class _Part(BaseModel):
+class Part(BaseModel):
+    """Of a file that people write: frozen, and no key that is not known."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Goals(_Part):
+class Goals(Part):
     """Latency goals in ms; None means no goal. A request is good when it keeps all of them."""
 
     ttft_ms: _Millis | None = None
@@ -34,7 +37,7 @@ class Goals(_Part):
     latency_ms: _Millis | None = None
 
 
-class Lengths(_Part):
+class Lengths(Part):
     """A range of token counts, both ends included; drawn uniformly."""
 
     low: _Tokens
@@ -56,7 +59,7 @@ class Lengths(_Part):
         return self
 
 
-class TrafficClass(_Part):
+class TrafficClass(Part):
     """One class: its share (`weight`), what it sends and what it must keep.
 
     `model` replaces the run's model (e.g. `docs-17m@int8`); `prompt_tokens` and `max_tokens` (a
@@ -79,7 +82,7 @@ class TrafficClass(_Part):
         return value
 
 
-class Mix(_Part):
+class Mix(Part):
     """The classes of a run."""
 
     classes: Annotated[tuple[TrafficClass, ...], Field(min_length=1, max_length=64)]
@@ -94,20 +97,25 @@ class Mix(_Part):
 
 
 def load_mix(path: Path) -> Mix:
-    """Read a mix file.
+    """Read a mix file. Raises: BadInput, see `load_file`."""
+    return load_file(path, "--mix", Mix)
+
+
+def load_file(path: Path, flag: str, kind: type[_Kind]) -> _Kind:
+    """Read a YAML file that `flag` names.
 
     Raises:
         BadInput: a missing file, bad YAML, an unknown key or a bad value, each named.
     """
     try:
-        return Mix.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise BadInput(f"--mix {path}: {error.strerror}") from None
+        raise BadInput(f"{flag} {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"--mix {path}: not valid YAML: {error}") from None
+        raise BadInput(f"{flag} {path}: not valid YAML: {error}") from None
     except ValidationError as error:
         faults = (f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise BadInput(f"--mix {path}: {'; '.join(faults)}") from None
+        raise BadInput(f"{flag} {path}: {'; '.join(faults)}") from None
 
 
 def single_class(goals: Goals) -> Mix:

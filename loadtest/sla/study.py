@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from loadtest.mix import BadInput, Goals, Mix, TrafficClass, _Part
+from loadtest.mix import Goals, Mix, Part, TrafficClass, load_file
 
 TIMES: Final = ("ttft_ms", "tpot_ms", "latency_ms")
 _Level = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9@+._-]{0,127}$")]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-class Promise(_Part):
+class Promise(Part):
     """What a class is owed: every given bound has to be kept by an answer for it to count.
 
     `max_ppl_ratio` and `min_agreement` are those of the level that served (its card's);
@@ -34,7 +33,7 @@ class Promise(_Part):
         return self.model_dump(exclude_none=True)
 
 
-class Caller(_Part):
+class Caller(Part):
     """One class of callers: its share of the traffic, its promise, and the rest of its policy as
     the gateway takes it (objective, on_miss, priority, …)."""
 
@@ -52,7 +51,7 @@ class Caller(_Part):
         )
 
 
-class Traffic(_Part):
+class Traffic(Part):
     """How a trace is fitted to a small machine.
 
     A run plays `seconds` of a window that begins at a random moment of the trace; `rate` is the
@@ -69,7 +68,7 @@ class Traffic(_Part):
     max_output: Annotated[int, Field(ge=1)] = 96
 
 
-class Study(_Part):
+class Study(Part):
     """What is compared, with what, under which traffic.
 
     Attributes:
@@ -110,17 +109,5 @@ class Study(_Part):
 
 
 def load_study(path: Path) -> Study:
-    """Read a study.
-
-    Raises:
-        BadInput: a missing file, bad YAML, an unknown key or a bad value, each named.
-    """
-    try:
-        return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise BadInput(f"--study {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"--study {path}: not valid YAML: {error}") from None
-    except ValidationError as error:
-        faults = (f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
-        raise BadInput(f"--study {path}: {'; '.join(faults)}") from None
+    """Read a study. Raises: BadInput, see `loadtest.mix.load_file`."""
+    return load_file(path, "--study", Study)
