@@ -360,7 +360,9 @@ class Present:
             said += builds * (now.building * work)
         rest = constant + unseen * host.unseen
         said += rest + streams * (chunks * (host.running + now.others))
-        for row in now.beside:
+        for row, busy in now.busy.items():
+            if not busy.queue_tokens and not busy.rounds(prompt_tokens):
+                continue  # a newcomer there waits for no more than anywhere else
             own, queue, others, parts, turn, running, rounds = self._waits(row, prompt_tokens, now)
             mine = prompt * own + beside * others + turns * (parts * turn)
             mine += builds * (now.building * own)
