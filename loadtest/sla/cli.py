@@ -24,7 +24,7 @@ from loadtest.sla.study import Study, load_study
 from loadtest.sla.systems import System, systems
 from loadtest.workloads import MAX_REQUESTS, TraceScale, trace
 
-DEFAULT: Final = opt.MIXES / "sla-study.yaml"
+DEFAULT: Final = Path(__file__).parents[1] / "studies" / "classes.yaml"
 _AS_RECORDED: Final = TraceScale()
 
 
