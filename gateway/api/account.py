@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from gateway.api.decision_log import Refused
 from gateway.api.deps import Services
-from gateway.api.prepare import Wanted
 from gateway.api.sse import Choice, usage
 from gateway.api.tracing import Trace, carried
+from gateway.api.wanted import Wanted
 from gateway.errors import DECISION_HEADER, PressgateError
 from gateway.metrics import NONE, Finished
 from gateway.policy.budget import Costs, excess

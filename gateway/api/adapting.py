@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from gateway.api.deps import Services
-from gateway.api.prepare import Wanted
 from gateway.api.sse import Choice
+from gateway.api.wanted import Wanted
 from gateway.engine.base import Engine, GenerationRequest, Movable, TokenEvent
 from gateway.errors import PressgateError
 from gateway.policy.adapt import EVERY, Going, Outlook

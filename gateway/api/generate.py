@@ -20,11 +20,11 @@ from gateway.api.account import Account
 from gateway.api.adapting import Answer, Mover, adapting
 from gateway.api.deps import Services
 from gateway.api.merge import merged
-from gateway.api.prepare import Wanted
 from gateway.api.problems import InternalError, as_pressgate
 from gateway.api.sse import DONE, ChatShape, Choice, Shape, TextShape, error_event
 from gateway.api.stream import Stream
 from gateway.api.turn import promised, remember, wish_for
+from gateway.api.wanted import Wanted
 from gateway.engine.base import EngineFailed, GenerationRequest, SequenceFailed, TokenEvent
 from gateway.errors import (
     BudgetUnmet,

@@ -8,7 +8,7 @@ from secrets import token_hex
 
 from gateway.api.auth import Caller
 from gateway.api.deps import Services
-from gateway.api.prepare import Wanted
+from gateway.api.wanted import Wanted
 from gateway.policy.matching import RequestFacts
 from gateway.policy.policy import Policy
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span, Tracer
 
-    from gateway.api.prepare import Wanted
+    from gateway.api.wanted import Wanted
     from gateway.policy.record import Record
 
 CONTEXT: Final = ("traceparent", "tracestate")

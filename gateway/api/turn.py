@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from gateway.api.deps import Services
-from gateway.api.prepare import Wanted
 from gateway.api.sse import Choice
+from gateway.api.wanted import Wanted
 from gateway.policy import service
 from gateway.policy.decide import decide
 from gateway.policy.decision import Ask, Decision
