@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from itertools import compress, count
 from operator import is_not
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -32,7 +32,8 @@ from gateway.policy.causes import (
 from gateway.policy.columns import Columns, Floats, floats
 from gateway.policy.lengths import Length
 from gateway.policy.prediction import Predictions
-from gateway.policy.quantile import MarginColumns, Margins
+from gateway.policy.quantile import MarginColumns
+from gateway.policy.track import Track
 from gateway.variants.variant import LadderSnapshot, LevelFacts, State
 
 MAX_MS: Final = 3.6e9  # keeps absurd inputs finite
@@ -44,29 +45,6 @@ NOTHING: Final[Mapping[int, Any]] = MappingProxyType({})
 
 Weights = tuple[float, ...]
 _Ms = TypeVar("_Ms", float, Floats)
-
-
-class Track(Protocol):
-    """What is known of one level's speed."""
-
-    @property
-    def prefill_ms(self) -> float:
-        """Per prompt token."""
-        ...
-
-    @property
-    def load_ms(self) -> float: ...
-    def step_ms(self, batch: int) -> float:
-        """One decode step of `batch` sequences alone on the host."""
-        ...
-
-    def factors(self) -> tuple[float, float]:
-        """The level's own corrections of time to first token and time per token."""
-        ...
-
-    def margins(self) -> Margins:
-        """What upper quantiles add."""
-        ...
 
 
 class Size(NamedTuple):
