@@ -77,6 +77,7 @@ class _OneOfEach:
     """A ladder with every fact set, so that every gauge is exported."""
 
     memory_budget = 1
+    memory_evictions = 1
 
     def memory_used(self) -> int:
         return 1

@@ -142,6 +142,12 @@ def board() -> models.Dashboard:
                     BYTES,
                 ),
                 lines(
+                    "Pinned",
+                    "1 for a level that stays in memory whatever needs room.",
+                    {"{{level}}": card("variant_pinned")},
+                    most=1,
+                ),
+                lines(
                     "Leases", "Requests that hold a level.", {"{{level}}": card("variant_leases")}
                 ),
             ),

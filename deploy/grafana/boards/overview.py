@@ -132,6 +132,11 @@ def board() -> models.Dashboard:
                     },
                     BYTES,
                 ),
+                lines(
+                    "Levels that left memory",
+                    "For others that needed the room, since each replica started.",
+                    {"{{instance}}": "max by (instance) (pressgate_memory_evictions_total)"},
+                ),
                 number(
                     "Memory in use",
                     "Share of the budget, fullest replica.",
