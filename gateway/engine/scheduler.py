@@ -193,8 +193,7 @@ class Scheduler:
         return Plan(tuple(decode), tuple(prefill))
 
     def reserve(self, seq: Sequence, extra: int) -> int:
-        """Give a running `seq` blocks for up to `extra` tokens more than it has, taken from nobody
-        who runs or waits; how many fit."""
+        """Give a running `seq` free blocks for up to `extra` tokens more; how many fit."""
         size = self.pool.block_size
         missing = self._blocks_for(len(seq.tokens) + extra) - len(seq.blocks)
         if missing > 0 and not any(queues.waiting for queues in self._queues.values()):

@@ -1,8 +1,7 @@
 """Who may come in, and when each one's turn is: bounds, slots of levels, and the queue before them.
 
-The house and every key hold permits; a level's slots are held by whoever it serves. A request whose
-level has no free slot waits in `queue`, which is pure; here are the clock, the timers and the
-futures. What can no longer be kept is told at once, with what could. Owned by the event loop.
+A level's slots are held by whoever it serves. A request whose level has no free slot waits in
+`queue`, which is pure; here are the clock, the timers and the futures. Owned by the event loop.
 """
 
 from __future__ import annotations
